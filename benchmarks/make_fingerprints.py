@@ -17,8 +17,8 @@ from typing import Any
 import torchvision
 
 from asymswap.errors import SourceError
-from asymswap.models import builders, fingerprints
-from asymswap.models.fingerprints import Fingerprint, Free, Shapes, digest, shapes_hash
+from asymswap.models import builders, family
+from asymswap.models.family import Fingerprint, Free, Shapes, digest, shapes_hash
 
 OUT = Path(__file__).parents[1] / "asymswap" / "models" / "fingerprints.tsv"
 
@@ -44,7 +44,7 @@ def forms(reference: str) -> list[dict[str, Any]]:
 
 def shapes_of(reference: str, arguments: Mapping[str, Any]) -> Shapes:
     """The keys and shapes of a network's state dict."""
-    return fingerprints.shapes_of(builders.family_of(reference).on_meta(reference, arguments).state_dict())
+    return family.shapes_of(builders.family_of(reference).on_meta(reference, arguments).state_dict())
 
 
 def shapes_or_none(reference: str, arguments: Mapping[str, Any]) -> Shapes | None:

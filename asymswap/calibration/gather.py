@@ -29,8 +29,7 @@ from torch.nn import functional as F
 from asymswap.calibration.config import OutputKind
 from asymswap.errors import SourceError, validation_text
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.graph.sites import read_conv
-from asymswap.graph.trace import conv_hooks
+from asymswap.graph.trace import conv_hooks, read_conv
 from asymswap.types import Progress, Site, Strict, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import whole_file

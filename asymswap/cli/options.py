@@ -186,9 +186,8 @@ class Common:
 
     def check_images(self, data: str | None) -> None:
         """Raise AsymswapError for options that say how to prepare images, where there are none."""
-        from asymswap.models.preprocessing import check_needed
-
-        check_needed(self.preprocessing, data)
+        if self.preprocessing is not None and data is None:
+            raise AsymswapError("how images are prepared was said, but there are none: give `data=…`, or leave it out")
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress while a block runs."""

@@ -14,7 +14,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,9 +40,8 @@ class ModuleCall(NamedTuple):
     operations: slice
 
 
-@dataclass
-class Recording:
-    """What a run did.
+class Recording(TorchFunctionMode):
+    """What a run did: while it lasts, every function of torch that gets a tensor which depends on the marked ones.
 
     `operations` are those that depend on its input, in order; `calls` the calls of each module that holds a conv, by
     the module's id. `functional_convs` counts the calls of `F.conv2d` that no Conv2d made, by the name and the class of
@@ -51,11 +49,38 @@ class Recording:
     the modules that have begun and not ended: name, module, arguments of one that holds a conv, its first operation.
     """
 
-    operations: list[Operation] = field(default_factory=list)
-    calls: dict[int, list[ModuleCall]] = field(default_factory=lambda: defaultdict(list))
-    functional_convs: Counter[tuple[str, str]] = field(default_factory=Counter)
-    functional_weights: set[str] = field(default_factory=set)
-    running: list[tuple[str, nn.Module, Any, int]] = field(default_factory=list)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.calls: dict[int, list[ModuleCall]] = defaultdict(list)
+        self.functional_convs: Counter[tuple[str, str]] = Counter()
+        self.functional_weights: set[str] = set()
+        self.running: list[tuple[str, nn.Module, Any, int]] = []
+        every = itertools.chain(model.named_parameters(), model.named_buffers())
+        self._names = {id(tensor): name for name, tensor in every}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d and self.running and not isinstance(self.running[-1][1], nn.Conv2d):
+            module_name, module, *_ = self.running[-1]
+            self.functional_convs[module_name, type(module).__name__] += 1
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if isinstance(weight, nn.Parameter) and id(weight) in self._names:
+                self.functional_weights.add(self._names[id(weight)])
+        given = list_tensors((args, kwargs))
+        depends = any(hasattr(tensor, _MARK) for tensor in given)
+        result = func(*args, **kwargs)
+        if depends:
+            made = list_tensors(result)
+            name, in_place = _plain(getattr(func, "__name__", str(func)))
+            if made:
+                read = tuple(self._names[id(tensor)] for tensor in given if id(tensor) in self._names)
+                self.operations.append((name, tuple(tuple(tensor.shape) for tensor in made), read))
+            # What is written to depends on the input from then on.
+            for tensor in (*made, *(list_tensors(args[0]) if in_place else ())):
+                if not isinstance(tensor, nn.Parameter):
+                    setattr(tensor, _MARK, True)
+        return result
 
     def notes(self) -> tuple[str, ...]:
         """Name the functional convolutions, for which nothing can be swapped; nothing where there are none."""
@@ -73,7 +98,7 @@ class Recording:
 @contextmanager
 def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inputs]]:
     """While open, record what the model does with the inputs that are yielded, a copy of `inputs`."""
-    found = Recording()
+    found = Recording(model)
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = map_tensors((args, kwargs), _ghost) if _holds_conv(module) else None
@@ -89,48 +114,12 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
         copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
     for tensor in list_tensors(copies):
         setattr(tensor, _MARK, True)
-    with ExitStack() as hooks, _Recorder(found, _names(model)):
+    with ExitStack() as hooks, found:
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         yield found, copies
-
-
-class _Recorder(TorchFunctionMode):
-    """Records every function of torch that is given a tensor which depends on the marked ones, and functional convs."""
-
-    def __init__(self, found: Recording, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self._found, self._names = found, names
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.conv2d and self._found.running and not isinstance(self._found.running[-1][1], nn.Conv2d):
-            module_name, module, *_ = self._found.running[-1]
-            self._found.functional_convs[module_name, type(module).__name__] += 1
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if isinstance(weight, nn.Parameter) and id(weight) in self._names:
-                self._found.functional_weights.add(self._names[id(weight)])
-        given = list_tensors((args, kwargs))
-        depends = any(hasattr(tensor, _MARK) for tensor in given)
-        result = func(*args, **kwargs)
-        if depends:
-            made = list_tensors(result)
-            name, in_place = _plain(getattr(func, "__name__", str(func)))
-            if made:
-                read = tuple(self._names[id(tensor)] for tensor in given if id(tensor) in self._names)
-                self._found.operations.append((name, tuple(tuple(tensor.shape) for tensor in made), read))
-            # What is written to depends on the input from then on.
-            for tensor in (*made, *(list_tensors(args[0]) if in_place else ())):
-                if not isinstance(tensor, nn.Parameter):
-                    setattr(tensor, _MARK, True)
-        return result
-
-
-def _names(model: nn.Module) -> dict[int, str]:
-    """Return the names of a model's parameters and buffers by their ids."""
-    return {id(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())}
 
 
 def _plain(name: str) -> tuple[str, bool]:
@@ -193,7 +182,6 @@ def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> d
 
     `model` is what was recorded; `ghost` a copy on the meta device, in eval mode, in which tracing may leave constants.
     """
-    names = _names(ghost)
 
     def graph_of(part: nn.Module, prefix: str) -> fx.Graph | None:
         calls = recorded.calls.get(id(model.get_submodule(prefix)), [])
@@ -204,15 +192,15 @@ def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> d
             if graph is None:
                 graph = trace_graph(part, arguments)
                 to_meta_(part)
-            found = Recording()
+            found = Recording(ghost)
             values = {node: placeholder_value(node, arguments) for node in graph.nodes if node.op == "placeholder"}
-            with torch.no_grad(), torch.device("meta"), _Recorder(found, names):
+            with torch.no_grad(), torch.device("meta"), found:
                 fx.Interpreter(part, garbage_collect_values=False, graph=graph).run(initial_env=values)
             if found.operations != recorded.operations[call.operations]:
                 return None
         return graph
 
-    return dict(_graphs(ghost, "", graph_of))
+    return _graphs(ghost, graph_of)
 
 
 def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
@@ -222,22 +210,19 @@ def traceable_parts(model: nn.Module) -> dict[str, fx.Graph]:
         _first, *others = inspect.signature(part.forward).parameters.values()
         return trace_graph(part, {one.name: one.default for one in others if one.default is not one.empty})
 
-    return dict(_graphs(model, "", graph_of))
+    return _graphs(model, graph_of)
 
 
-def _graphs(
-    module: nn.Module, prefix: str, graph_of: Callable[[nn.Module, str], fx.Graph | None]
-) -> Iterator[tuple[str, fx.Graph]]:
-    if not _holds_conv(module):
-        return
-    graph = None
-    with suppress(Exception):  # the part's own code runs with stand-ins and on meta tensors: anything may be raised
-        graph = graph_of(module, prefix)
-    if graph is not None:
-        yield prefix, graph
-        return
-    for name, child in module.named_children():
-        yield from _graphs(child, f"{prefix}.{name}" if prefix else name, graph_of)
+def _graphs(model: nn.Module, graph_of: Callable[[nn.Module, str], fx.Graph | None]) -> dict[str, fx.Graph]:
+    found: dict[str, fx.Graph] = {}
+    for name, part in [*model.named_modules(remove_duplicate=False)]:
+        if "" in found or any(name.startswith(f"{whole}.") for whole in found) or not _holds_conv(part):
+            continue
+        with suppress(Exception):  # the part's own code runs with stand-ins and on meta tensors: anything may be raised
+            graph = graph_of(part, name)
+            if graph is not None:
+                found[name] = graph
+    return found
 
 
 def to_meta_(root: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Reading a model: sizes and calls from a run on meta tensors, neighbours from torch.fx.
+"""Reading a model: every `nn.Conv2d` as a `Site`, with calls from a run on meta tensors and neighbours from torch.fx.
 
 Sizes come from forward hooks on a run that computes nothing, which reach every Conv2d of every model that runs on meta
 tensors; torch.fx adds what is beside each conv. Where the graph of the whole model cannot be made, or is not what
@@ -8,25 +8,37 @@ says so.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from asymswap.errors import TraceError
+from asymswap.errors import TraceError, listed
 from asymswap.graph.graphs import Recording, believed_parts, recording, traceable_parts
-from asymswap.graph.sites import Neighbours, find_convs, make_sites, tied_note
 from asymswap.graph.vocabulary import canonical
-from asymswap.types import Call, Neighbour, Site, norm_behind
+from asymswap.types import Call, ConvSpec, Neighbour, Site, norm_behind
 from asymswap.utils.inputs import Inputs, sizes, with_values
-from asymswap.utils.tensors import deep_copy, hooked, meta_copy, to_meta
+from asymswap.utils.tensors import additions, deep_copy, hooked, meta_copy, to_meta
+
+Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 
 NORM_ACT = "batch_norm_act"  # the operation of a node that normalises and then does something else, in one module
+
+# What the subclasses of Conv2d in use compute that a plain one does not, by the names of their classes.
+_SUBCLASSES = {
+    **dict.fromkeys(("Conv2dSame", "Conv2dSameExport", "Conv2dDynamicSamePadding"), "padding computed at run time"),
+    **dict.fromkeys(("StdConv2d", "StdConv2dSame", "ConvWS2d", "ConvAWS2d"), "weights standardised at every run"),
+    **dict.fromkeys(("ScaledStdConv2d", "ScaledStdConv2dSame"), "weights standardised and scaled at every run"),
+    "Conv2dStaticSamePadding": "uneven padding of its own",
+    "ParametrizedConv2d": "weights computed again at every run (weight_norm, spectral_norm or your own)",
+    "LazyConv2d": "no weights before the model has run once",
+}
+_SHARES = "shares its weights with "
+_FRESH = nn.Conv2d(1, 1, 1, device="meta")
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,8 @@ class Trace:
 
     def refusing(self, names: Collection[str], reason: str) -> Trace:
         """Return the same with those sites refused that were not yet."""
-        refused = {
-            site.name: replace(site, refusal=site.refusal or reason) for site in self.sites if site.name in names
-        }
-        return replace(self, sites=tuple(refused.get(site.name, site) for site in self.sites))
+        sites = (replace(s, refusal=s.refusal or reason) if s.name in names else s for s in self.sites)
+        return replace(self, sites=tuple(sites))
 
     @property
     def by(self) -> str:
@@ -116,16 +126,24 @@ def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> 
 
 def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
     """Run a copy of the model, on meta tensors if possible; return the copy, the calls of its convs, and the record."""
+
+    def run(copied: nn.Module, given: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
+        calls: dict[str, list[Call]] = defaultdict(list)
+
+        def see(name: str, seen: Tensor, output: Tensor) -> None:
+            calls[name].append(Call.of(seen.shape, output.shape))
+
+        with torch.no_grad(), conv_hooks(copied, see), recording(copied, given) as (recorded, copies):
+            copied(*copies)
+        return copied, dict(calls), recorded
+
     for device in (nullcontext(), torch.device("meta")):
         # Some make tensors of their own in their forward: those are made on the meta device at the second try.
-        try:
-            with device:
-                return _run(meta_copy(model).eval(), to_meta(inputs))
-        except Exception:  # the model's own code runs here: it may raise anything
-            continue
+        with suppress(Exception), device:  # the model's own code runs here: it may raise anything
+            return run(meta_copy(model).eval(), to_meta(inputs))
     try:
         # Some look at values (detection, data-dependent control flow): these are run with numbers.
-        return _run(deep_copy(model).eval(), with_values(inputs))
+        return run(deep_copy(model).eval(), with_values(inputs))
     except Exception as error:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None
@@ -135,17 +153,6 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str,
             named = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
             advice = f"its layers have several dtypes, {named}: give them one, as with model.float()"
         raise TraceError(f"the model does not run on an input of {sizes(inputs)}: {reason}; {advice}") from error
-
-
-def _run(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
-    calls: dict[str, list[Call]] = defaultdict(list)
-
-    def see(name: str, seen: Tensor, output: Tensor) -> None:
-        calls[name].append(Call.of(seen.shape, output.shape))
-
-    with torch.no_grad(), conv_hooks(model, see), recording(model, inputs) as (recorded, copies):
-        model(*copies)
-    return model, dict(calls), recorded
 
 
 def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[str, Neighbours], set[str]]:
@@ -194,7 +201,7 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     if not pairs:
         return neighbours
     ghost = meta_copy(model)
-    with contextlib.suppress(Exception):
+    with suppress(Exception):
         ghost.train()
     trained, _ = _read_graphs(ghost, traceable_parts(ghost))
     owners = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
@@ -203,7 +210,7 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     for norm in set(pairs.values()):
         ghost.get_submodule(norm).register_forward_hook(lambda module, *_: runs.update([id(module)]))
     # What cannot run in train mode, as without its targets, is judged by its graph and by what ran of it.
-    with contextlib.suppress(Exception), torch.no_grad():
+    with suppress(Exception), torch.no_grad():
         ghost(*to_meta(inputs))
     found = dict(neighbours)
     for name, norm in pairs.items():
@@ -260,3 +267,101 @@ def _activation(module: nn.Module) -> str:
         return "identity"
     act = getattr(module, "act", None)
     return canonical(type(act if isinstance(act, nn.Module) else module).__name__)
+
+
+def read_conv(conv: nn.Conv2d) -> ConvSpec:
+    """Return all fields of a conv, as its forward reads them: channels and kernel are those of its weight."""
+    outputs, inputs, *kernel = (conv.out_channels, conv.in_channels // conv.groups, *_pair(conv.kernel_size))
+    if not isinstance(conv.weight, nn.parameter.UninitializedParameter):
+        outputs, inputs, *kernel = conv.weight.shape
+    return ConvSpec(
+        in_channels=inputs * conv.groups,
+        out_channels=outputs,
+        kernel=(kernel[0], kernel[1]),
+        stride=_pair(conv.stride),
+        padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+        dilation=_pair(conv.dilation),
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        dtype=str(conv.weight.dtype).removeprefix("torch."),
+    )
+
+
+def find_convs(model: nn.Module) -> dict[str, tuple[nn.Conv2d, tuple[str, ...]]]:
+    """Return every Conv2d by its first name, with further names (aliases) under which the same module is registered."""
+    found: dict[int, tuple[nn.Conv2d, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d):
+            found.setdefault(id(module), (module, []))[1].append(name)
+    return {names[0]: (conv, tuple(names[1:])) for conv, names in found.values()}
+
+
+def make_sites(
+    model: nn.Module, calls: Mapping[str, list[Call]], neighbours: Mapping[str, Neighbours], read_elsewhere: Set[str]
+) -> tuple[Site, ...]:
+    """Return one Site for each Conv2d: those that run in the order of their first call, then those that never do.
+
+    `calls` is in call order; `read_elsewhere` names convs whose parameters the model reads without calling the conv.
+    """
+    convs = find_convs(model)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[_memory(parameter)].append(name)
+    sites = []
+    for name in [name for name in dict.fromkeys([*calls, *convs]) if name in convs]:
+        conv, aliases = convs[name]
+        before, after = neighbours.get(name, (None, None))
+        seen = tuple(calls.get(name, ()))
+        refusal = _refusal(name, conv, owners, read_elsewhere)
+        if refusal is None and not all(call.batched for call in seen):
+            # Batch norms and calibration need batches, as some kinds do.
+            refusal = "is called on one image without a batch (C x H x W); give it 1 x C x H x W"
+        sites.append(Site(name, read_conv(conv), seen, aliases, before, after, refusal))
+    return tuple(sites)
+
+
+def _refusal(name: str, conv: nn.Conv2d, owners: Mapping[int, list[str]], read_elsewhere: Set[str]) -> str | None:
+    """Return why no kind may replace this module, or None."""
+    if type(conv) is not nn.Conv2d:
+        known = [_SUBCLASSES[cls.__name__] for cls in type(conv).__mro__ if cls.__name__ in _SUBCLASSES]
+        computes = f": {known[0]}" if known else ", a subclass of Conv2d that may compute something else"
+        return f"is a {type(conv).__name__}{computes}"
+    if name == "":
+        return "is the whole model; put it into an nn.Sequential"
+    changed = additions(conv, _FRESH)
+    for method in ("forward", "_conv_forward", "__call__"):
+        # Where a method of nn.Conv2d itself has been replaced, every conv computes something else.
+        owner = getattr(nn.Conv2d, method).__module__
+        if changed is None and not owner.startswith("torch."):
+            changed = f"is an nn.Conv2d whose {method} {owner} has replaced"
+    if changed is not None:
+        return f"{changed}, which a swap would drop"
+    others = [owner for parameter in conv.parameters() for owner in owners[_memory(parameter)] if owner != name]
+    if others:
+        return f"{_SHARES}{others[0]}"
+    if conv.padding_mode != "zeros" and read_conv(conv).pads != tuple(conv._reversed_padding_repeated_twice):
+        return f"had its padding changed after construction, which padding_mode = {conv.padding_mode!r} does not see"
+    return "has parameters that the model reads without calling it" if name in read_elsewhere else None
+
+
+def tied_note(sites: Sequence[Site]) -> tuple[str, ...]:
+    """Name the convs that share their weights with another layer; nothing where there are none."""
+    refused = [(site.name, site.refusal or "") for site in sites]
+    tied = [f"{name} with {why.removeprefix(_SHARES)}" for name, why in refused if why.startswith(_SHARES)]
+    if not tied:
+        return ()
+    what = "1 conv shares its weights" if len(tied) == 1 else f"{len(tied)} convs share their weights"
+    return (f"{what} with another layer, and nothing is swapped there: {listed(tied, 4)}",)
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Return where a parameter's numbers lie; where it has none yet, the id of the parameter itself."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    return parameter.data_ptr()
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from asymswap import replacements
 from asymswap.errors import AsymswapError
-from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.surgery import swap
-from asymswap.graph.trace import Trace, conv_hooks
+from asymswap.graph.trace import Trace, conv_hooks, find_convs, read_conv
 from asymswap.measure.statistics import wilson_interval
 from asymswap.results.evaluate import OutputAgreement
 from asymswap.types import Call, Plan

@@ -16,8 +16,8 @@ from torch import nn
 
 from asymswap.errors import SourceError, listed
 from asymswap.fileformats.state_dict import State, compare, load_state_, strip_prefixes
-from asymswap.models import fingerprints, networks, timm_models, torchvision_models
-from asymswap.models.family import Arguments, Family, from_weights, input_channels
+from asymswap.models import networks, timm_models, torchvision_models
+from asymswap.models.family import Arguments, Family, Fingerprint, from_weights, input_channels, matches, shapes_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.types import Preprocessing, Progress
@@ -94,7 +94,7 @@ def near(reference: str) -> str:
 @functools.cache
 def shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Return the keys and shapes of a known network's state dict."""
-    return frozenset(fingerprints.shapes_of(family_of(reference).on_meta(reference, {}).state_dict()).items())
+    return frozenset(shapes_of(family_of(reference).on_meta(reference, {}).state_dict()).items())
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,13 @@ def _below(view: View) -> list[View]:
     return found
 
 
-def identify(state: State, label: str, progress: Progress) -> tuple[fingerprints.Fingerprint, View]:
+def identify(state: State, label: str, progress: Progress) -> tuple[Fingerprint, View]:
     """Return the one known architecture that a state dict fits, and the view of it that fits.
 
     Raises SourceError for none and for several.
     """
     for view in views(torchvision_models.with_current_keys(state)):
-        fitting = fingerprints.matches(fingerprints.shapes_of(view.state)) if view.whole else []
+        fitting = matches(shapes_of(view.state)) if view.whole else []
         fewest = min((len(match.arguments) for match in fitting), default=0)
         found = [match for match in fitting if len(match.arguments) == fewest]
         if len(found) > 1:
@@ -180,7 +180,7 @@ def nearest(state: State, progress: Progress) -> tuple[float, str, View]:
     references = sorted([*OWN.names(), *(f"torchvision:{name}" for name in torchvision_models.classifiers())])
     best: tuple[float, str, View] = (-1.0, "", View(state))
     for view in views(torchvision_models.with_current_keys(state)):
-        own = set(fingerprints.shapes_of(view.state).items())
+        own = set(shapes_of(view.state).items())
         for done, reference in enumerate(references, start=1):
             pairs = shapes(reference)
             likeness = len(own & pairs) / max(len(own | pairs), 1)

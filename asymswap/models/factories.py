@@ -96,9 +96,10 @@ def describe_module(model: nn.Module, weights: str) -> OpenedModel:
         return OpenedModel(model, Origin(f"skeleton:{name}"), preprocessing, weights, skeleton=skeleton)
     origin = timm_models.origin_of(model)
     if origin is not None:
-        return OpenedModel(model, origin, timm_models.preprocessing_of(model, origin.arguments), weights)
+        own = timm_models.Timm().preprocessing(origin.reference, model, origin.arguments)
+        return OpenedModel(model, origin, own, weights)
     if timm_models.made_by_timm(model) is not None:
-        preprocessing = timm_models.preprocessing_of(model, {})
+        preprocessing = timm_models.Timm().preprocessing("", model, {})
     note = f"load the result with asymswap.load(path, model=…), for {name} is not made of allowlisted classes alone"
     return OpenedModel(model, Origin(f"class:{name}"), preprocessing, weights, (note,))
 
@@ -177,7 +178,13 @@ def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
     with contextlib.ExitStack() as stack:
         if names_python_file(reference):
             if not attribute and Path(home).is_file():
-                raise SourceError(f"{home} is Python code: say what in it builds the model, as {_named_in(home)}")
+                names = []  # of what a reference may name, by the text alone; classes first
+                with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+                    body = ast.parse(Path(home).read_bytes()).body
+                    for kind in (ast.ClassDef, ast.FunctionDef):
+                        names += [node.name for node in body if isinstance(node, kind) and node.name[0] != "_"]
+                some = f"{names[0]}; it defines {', '.join(names[:6])}" if names else "NAME"
+                raise SourceError(f"{home} is Python code: say what in it builds the model, as {home}:{some}")
             module = stack.enter_context(running(home, reference))
         else:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -236,16 +243,6 @@ def running(home: str, reference: str) -> Iterator[ModuleType]:
             sys.path.remove(folder)
         if not known:
             sys.path.append(folder)
-
-
-def _named_in(home: str) -> str:
-    """Name for a message, without running the file, what a reference to it may name; classes first."""
-    names = []
-    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        body = ast.parse(Path(home).read_bytes()).body
-        for kind in (ast.ClassDef, ast.FunctionDef):
-            names += [node.name for node in body if isinstance(node, kind) and not node.name.startswith("_")]
-    return f"{home}:{names[0]}; it defines {', '.join(names[:6])}" if names else f"{home}:NAME"
 
 
 def _check_signature(reference: str, factory: Callable[..., Any], arguments: Arguments) -> None:

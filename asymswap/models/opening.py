@@ -11,19 +11,19 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
-from asymswap.checkpoint import Header, Stored, stored_in
+from asymswap.checkpoint import Header, stored_in
 from asymswap.errors import AsymswapError, SourceError, listed, reason_of
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import exists, resolve, sha256
 from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
 from asymswap.fileformats.pickle_reader import MalformedError
-from asymswap.fileformats.state_dict import Difference, Found, check_numbers, find_weights, load_state_
+from asymswap.fileformats.state_dict import Found, check_numbers, find_weights, load_state_
 from asymswap.fileformats.torch_files import RawFile, refusal
 from asymswap.models import builders, timm_models, torchvision_models
 from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.converted import restore
 from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
-from asymswap.models.family import Family
+from asymswap.models.family import Family, Fit
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.results.records import read_provenance
@@ -58,6 +58,7 @@ class _Request:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     trust_pickle: bool = False
     key: str | None = None
+    progress: Progress = field(default=silent, compare=False)
 
 
 def open_model(
@@ -93,7 +94,8 @@ def open_model(
     start = time.perf_counter()
     if isinstance(arch, nn.Module) and arguments:
         raise SourceError(f"`arch=…` is a module already, so the argument {next(iter(arguments))!r} changes nothing")
-    request = _Request(arch=arch, weights=weights, arguments=arguments or {}, key=key, trust_pickle=trust_pickle)
+    said: dict[str, Any] = {"arch": arch, "weights": weights, "key": key, "trust_pickle": trust_pickle}
+    request = _Request(arguments=arguments or {}, progress=progress, **said)
     if isinstance(model, OpenedModel):
         if request != _Request():
             raise SourceError(f"{model.reference} is open already; give these options where it is opened first")
@@ -115,7 +117,7 @@ def open_model(
         if not is_file_reference(reference):
             opened = _open_reference(reference, request)
         elif weights is None:
-            opened = _open_file(Path(reference), request, progress, may_be_converted=True)
+            opened = _open_file(Path(reference), request)
         else:
             raise SourceError(f"`weights=…` goes with a reference; {resolve(Path(reference))} brings its own weights")
         opened = replace(opened, reference=reference)
@@ -236,9 +238,7 @@ def _find_network(named: str | nn.Module, unknown: str = "") -> tuple[Family, st
     raise SourceError((unknown or f'`arch="{named}"` names no known architecture') + hint)
 
 
-def _open_file(
-    path: Path, request: _Request, progress: Progress = silent, may_be_converted: bool = False
-) -> OpenedModel:
+def _open_file(path: Path, request: _Request) -> OpenedModel:
     path = resolve(path)
     with fail_if_modified(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
@@ -248,24 +248,26 @@ def _open_file(
         elif request.trust_pickle:
             notes = (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
         try:
-            stored = stored_in(raw, str(path)) if may_be_converted else None
-            opened = _open_converted(path, stored, request) if stored else _open_loaded(path, raw, request, progress)
+            stored = stored_in(raw, str(path)) if request.weights is None else None
+            if stored is None:
+                opened = _open_loaded(path, raw, request)
+            elif request.key is not None:
+                what = f"{path} was converted before and holds one model"
+                raise SourceError(f"`key=…` goes with training checkpoints; {what}")
+            else:
+                base = _build_named(stored.header.origin, request)
+                model = restore(stored, str(path), base)
+                opened = _describe_converted(model, stored.header, base, f"file {path.name}")
+                times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
+                built = how_built(request.arch) if isinstance(request.arch, str) else ()
+                told = (f"converted before, {times}", *built)
+                opened = replace(opened, notes=told, sha256=sha256(path), private=True)
         except AsymswapError as error:
             if not raw.executed:
                 raise
             # Code ran, whatever the result.
             raise SourceError(f"{error}; {notes[0]}") from error
     return replace(opened, notes=notes + opened.notes, file=path)
-
-
-def _open_converted(path: Path, stored: Stored, request: _Request) -> OpenedModel:
-    if request.key is not None:
-        raise SourceError(f"`key=…` goes with training checkpoints; {path} was converted before and holds one model")
-    base = _build_named(stored.header.origin, request)
-    opened = _describe_converted(restore(stored, str(path), base), stored.header, base, f"file {path.name}")
-    times = {1: "once", 2: "twice"}.get(len(opened.plans), f"{len(opened.plans)} times")
-    built = how_built(request.arch) if isinstance(request.arch, str) else ()
-    return replace(opened, notes=(f"converted before, {times}", *built), sha256=sha256(path), private=True)
 
 
 def _build_named(origin: Origin, request: _Request) -> nn.Module | None:
@@ -287,7 +289,7 @@ def _describe_converted(model: nn.Module, header: Header, base: nn.Module | None
     return replace(opened, plans=header.plans, provenance=header.provenance)
 
 
-def _open_loaded(path: Path, raw: RawFile, request: _Request, progress: Progress) -> OpenedModel:
+def _open_loaded(path: Path, raw: RawFile, request: _Request) -> OpenedModel:
     """Return the model of a file that has been read: a module as it is, or a state dict put into its architecture."""
     value, notes = raw.value, raw.notes
     if raw.unread:
@@ -320,11 +322,11 @@ def _open_loaded(path: Path, raw: RawFile, request: _Request, progress: Progress
             arch = request.arch if isinstance(request.arch, str) else type(request.arch).__name__
             notes += (f'`arch="{arch}"` was not needed: {path.name} holds the whole module',)
     else:
-        opened = _open_state(path, found, digest, request, progress)
+        opened = _open_state(path, found, digest, request)
     return replace(opened, notes=notes + opened.notes, sha256=digest, weights=f"file {path.name}")
 
 
-def _open_state(path: Path, found: Found, digest: str, request: _Request, progress: Progress) -> OpenedModel:
+def _open_state(path: Path, found: Found, digest: str, request: _Request) -> OpenedModel:
     """Load a state dict strictly into its network; class count and input channels follow the state."""
     assert not isinstance(found.value, nn.Module)
     state, arguments = found.value, request.arguments
@@ -335,7 +337,7 @@ def _open_state(path: Path, found: Found, digest: str, request: _Request, progre
     elif published is not None:
         family, reference = builders.family_of(published.reference), published.reference
     else:
-        match, view = identify(state, str(path), progress)
+        match, view = identify(state, str(path), request.progress)
         family, reference, state = builders.family_of(match.reference), match.reference, view.state
         note = (
             f"architecture taken from keys and shapes: {reference} (`arch=…` names another); a variant that "
@@ -348,16 +350,15 @@ def _open_state(path: Path, found: Found, digest: str, request: _Request, progre
         arguments = {**published.arguments, **arguments}
     else:
         published = None
-    most, closest = -1, Difference((), (), ())
+    fits = []
     for view in views(state):
         fit = family.fit(reference, arguments, view.state)
         if not fit.difference:
             break
-        alike = len(fit.state) - len(fit.difference.unexpected) - len(fit.difference.shapes)
-        if alike > most:
-            most, closest = alike, fit.difference
+        fits.append(fit)
     else:
-        likeness, best, _ = nearest(state, progress)
+        closest = max(fits, key=Fit.alike).difference
+        likeness, best, _ = nearest(state, request.progress)
         hint = f"; nearest known architecture: {best} ({likeness:.0%} of keys and shapes)"
         if likeness == 0 or best == reference:
             hint = f"; give {YOUR_OWN}" if not isinstance(family, UserCode) else ""

@@ -123,9 +123,6 @@ class PreprocessingOptions:
             raise AsymswapError(f"`size={_by(self.size)}` is not height x width, such as 224x224")
         if self.resize is not None and self.resize < 1:
             raise AsymswapError(f"`resize={self.resize}` is no length in pixels, such as 256")
-        if self.size is not None and self.resize is not None and self.resize < min(self.size):
-            what = f"`resize={self.resize}` is shorter than what is cut out ({_by(self.size)})"
-            raise AsymswapError(f"{what}; give `resize={max(self.size)}` or more")
 
     def apply(self, known: Preprocessing) -> Preprocessing:
         """Return the known preprocessing with these settings; raise AsymswapError where they do not suit it."""
@@ -137,8 +134,8 @@ class PreprocessingOptions:
             result = replace(result, size=self.size, resize=None, size_from="given")
         if self.resize is not None:
             if self.resize < min(result.size):
-                what = f"`resize={self.resize}` is shorter than the input ({known.describe()})"
-                raise AsymswapError(f"{what}; give `size=…` too")
+                what = f"`resize={self.resize}` is shorter than what is cut out ({_by(result.size)})"
+                raise AsymswapError(f"{what}; give `resize={max(result.size)}` or more, or a smaller `size=…`")
             result = replace(result, resize=self.resize)
         if self.interpolation is not None:
             result = replace(result, interpolation=self.interpolation)
@@ -160,12 +157,6 @@ class PreprocessingOptions:
 
 def _by(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
-
-
-def check_needed(options: PreprocessingOptions | None, data: str | None) -> None:
-    """Raise AsymswapError for options that say how to prepare images, where there are none."""
-    if options is not None and data is None:
-        raise AsymswapError("how images are prepared was said, but there are none: give `data=…`, or leave it out")
 
 
 def with_normalization(preprocessing: Preprocessing, how: Normalization, origin: str) -> Preprocessing:

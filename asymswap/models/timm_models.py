@@ -70,7 +70,17 @@ class Timm(Family):
             except SourceError:
                 raise
             except Exception as error:
-                raise SourceError(_why_no_weights(full, arguments, error)) from None
+                chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
+                expected = (OSError, HTTPException)
+                if any(isinstance(e, expected) or type(e).__module__.startswith(_DOWNLOADERS) for e in chain):
+                    # The hub's client wraps what has happened in a paragraph of its own.
+                    reason = reason_of(getattr(error, "reason", None) or error.__cause__ or error)
+                    what = f"the weights {full} of timm are in no cache and cannot be downloaded ({reason})"
+                else:
+                    # The arguments may be to blame: then it can't be built without weights either.
+                    _create(full, arguments, pretrained=False)
+                    what = f"cannot load the weights {full} of timm: {reason_of(error)}"
+                raise SourceError(f"{what}; {family.OTHER_WEIGHTS}") from None
         classes = arguments.get("num_classes", config.num_classes)
         if classes not in (config.num_classes, 0):
             remarks.append(f"the classifier is random: the published weights tell {config.num_classes} classes apart")
@@ -83,7 +93,27 @@ class Timm(Family):
         return super().describe(model, PREFIX + name.partition(".")[0], _settled(name, arguments), weights)
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        return preprocessing_of(model, arguments)
+        """Return how timm's own evaluation prepares an image for a model that it has built with these arguments."""
+        timm()
+        from timm.data import resolve_data_config
+
+        data = resolve_data_config({}, pretrained_cfg=getattr(model, "pretrained_cfg", None) or {})
+        channels, *size = data["input_size"]
+        channels, fixed = arguments.get("in_chans", channels), arguments.get("img_size")
+        height, width = size if fixed is None else (fixed, fixed) if isinstance(fixed, int) else fixed
+        mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
+        own = len(mean) == len(std) == channels
+        return Preprocessing(
+            channels=channels,
+            size=(height, width),
+            mean=mean if own else (0.5,) * channels,
+            std=std if own else (0.5,) * channels,
+            # An image that is not cropped is resized to its final size at once.
+            resize=math.floor(max(height, width) / data["crop_pct"]) if data["crop_mode"] == "center" else None,
+            interpolation=data["interpolation"],
+            normalization_from="family" if own else "assumed",
+            size_from="family",
+        )
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         """Fit as any family does; some of timm's files are in the form in which the model's authors published them."""
@@ -151,32 +181,6 @@ def _name(reference: str) -> str:
     return reference.removeprefix(PREFIX).replace("@", ".")
 
 
-def preprocessing_of(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessing:
-    """Return how timm's own evaluation prepares an image for a model that it has built with these arguments."""
-    timm()
-    from timm.data import resolve_data_config
-
-    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    data = resolve_data_config({}, pretrained_cfg=config)
-    channels, *size = data["input_size"]
-    channels = arguments.get("in_chans", channels)
-    fixed = arguments.get("img_size")
-    height, width = size if fixed is None else (fixed, fixed) if isinstance(fixed, int) else fixed
-    mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
-    own = len(mean) == len(std) == channels
-    return Preprocessing(
-        channels=channels,
-        size=(height, width),
-        mean=mean if own else (0.5,) * channels,
-        std=std if own else (0.5,) * channels,
-        # An image that is not cropped is resized to its final size at once.
-        resize=math.floor(max(height, width) / data["crop_pct"]) if data["crop_mode"] == "center" else None,
-        interpolation=data["interpolation"],
-        normalization_from="family" if own else "assumed",
-        size_from="family",
-    )
-
-
 def made_by_timm(model: nn.Module) -> str | None:
     """Return the name of a module's architecture, if timm defines its class; else None."""
     config = getattr(model, "pretrained_cfg", None)
@@ -220,8 +224,7 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
     # Both TOML and JSON know lists only, where timm asks for a pair or a tuple of sizes.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             model: nn.Module = timm().create_model(name, pretrained=pretrained, **given, **own)
     except Exception as error:
         if pretrained:
@@ -264,32 +267,16 @@ def _listening() -> Iterator[list[str]]:
     remarks: list[str] = []
     own, hub, listener = logging.getLogger("timm"), logging.getLogger("huggingface_hub"), MemoryHandler(1000)
     listener.setLevel(logging.WARNING)
-    before = own.propagate, hub.level
-    own.addHandler(listener)
-    own.propagate = False
-    hub.setLevel(logging.CRITICAL)
-    # The hub's client may draw its progress on a terminal only.
-    silenced = not (sys.stderr.isatty() or utils.are_progress_bars_disabled())
-    if silenced:
-        utils.disable_progress_bars()
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(setattr, own, "propagate", own.propagate)
+        ending.callback(hub.setLevel, hub.level)
+        own.propagate = False
+        hub.setLevel(logging.CRITICAL)
+        own.addHandler(listener)
+        ending.callback(own.removeHandler, listener)
+        # The hub's client may draw its progress on a terminal only.
+        if not (sys.stderr.isatty() or utils.are_progress_bars_disabled()):
+            utils.disable_progress_bars()
+            ending.callback(utils.enable_progress_bars)
         yield remarks
-    finally:
-        if silenced:
-            utils.enable_progress_bars()
-        own.removeHandler(listener)
-        remarks += [" ".join(record.getMessage().split()).rstrip(".") for record in listener.buffer]
-        own.propagate = before[0]
-        hub.setLevel(before[1])
-
-
-def _why_no_weights(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
-    """Say why a model is not available with its weights; raise SourceError where it is not available at all."""
-    chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
-    if any(isinstance(e, OSError | HTTPException) or type(e).__module__.startswith(_DOWNLOADERS) for e in chain):
-        # The hub's client wraps what has happened in a paragraph of its own.
-        reason = reason_of(getattr(error, "reason", None) or error.__cause__ or error)
-        return f"the weights {name} of timm are in no cache and cannot be downloaded ({reason}); {family.OTHER_WEIGHTS}"
-    # The arguments may be to blame: then it can't be built without weights either.
-    _create(name, arguments, pretrained=False)
-    return f"cannot load the weights {name} of timm: {reason_of(error)}; {family.OTHER_WEIGHTS}"
+    remarks += [" ".join(record.getMessage().split()).rstrip(".") for record in listener.buffer]

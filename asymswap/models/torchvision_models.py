@@ -98,8 +98,20 @@ class Torchvision(Family):
         # Given weights are ours to load.
         none = {key: None for key in ("weights", "weights_backbone") if key in takes}
         model = _make(name, {key: value for key, value in arguments.items() if key != "in_channels"}, none)
-        if "in_channels" in arguments:
-            _set_channels_(model, reference, arguments["in_channels"])
+        channels = arguments.get("in_channels")
+        if "in_channels" not in arguments:
+            return model
+        first, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
+        # What a network is for, as torchvision's packages say: classification, segmentation, detection, video …
+        package: list[str] = models.get_model_builder(name).__module__.split(".")
+        if conv is None or (len(package) > 3 and package[2] != "segmentation"):
+            raise SourceError(f"{reference} does not take 'in_channels'; its input has the channels of an image")
+        if type(channels) is not int or channels < 1 or channels % conv.groups:
+            raise SourceError(f"{reference} cannot have in_channels={channels!r}; give a whole number from 1 on")
+        if channels != conv.in_channels:
+            same = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+            kept = {field: getattr(conv, field) for field in same}
+            model.set_submodule(first, nn.Conv2d(channels, bias=conv.bias is not None, **kept))
         return model
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
@@ -125,7 +137,7 @@ class Torchvision(Family):
         origin = Origin(reference, {**_set_by_weights(model_name, weights), **arguments})
         # With weights, torchvision builds detectors and the like otherwise than without: store what it built.
         skeleton = None if model_name in classifiers() else to_structure(model)
-        preprocessing = _preprocessing(model_name, model, weights.name)
+        preprocessing = self.preprocessing(reference, model, arguments, weights.name)
         return OpenedModel(model, origin, preprocessing, weights.name, skeleton=skeleton, private=True)
 
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
@@ -148,42 +160,41 @@ class Torchvision(Family):
             guess["aux_logits"] = False
         return guess
 
-    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        return _preprocessing(reference.removeprefix(PREFIX), model, None)
+    def preprocessing(
+        self, reference: str, model: nn.Module, arguments: Arguments, weights: str | None = None
+    ) -> Preprocessing:
+        """Return how the transforms of these weights, or of the default ones, prepare an image."""
+        assumed = assumed_preprocessing(model)
+        if assumed.form in ("image-list", "image-pair"):
+            return with_channels(assumed, input_channels(model))
+        transforms = _weights(reference.removeprefix(PREFIX), weights or "DEFAULT").transforms()
+        sizes = (getattr(transforms, key, None) for key in ("crop_size", "resize_size"))
+        crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes)
+        # Vision transformers fix their input size when they are built.
+        fixed = getattr(model, "image_size", None)
+        other_size = isinstance(fixed, int) and fixed != crop
+        side = (fixed if other_size else crop) or 224
+        known = replace(
+            assumed,
+            size=(side, side),
+            mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
+            std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
+            resize=None if other_size else resize,
+            interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
+            normalization_from="weights" if weights else "family",
+            size_from="weights" if weights and not other_size else "family",
+        )
+        return with_channels(known, input_channels(model))
 
 
 def as_published(opened: OpenedModel, published: Published) -> OpenedModel:
     """Describe a filled model whose weights have been found to be published ones."""
-    name = published.reference.removeprefix(PREFIX)
     settings = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
     sets = f", which sets {settings}" if settings else ""
+    name = published.reference.removeprefix(PREFIX)
     note = f"known by its SHA-256 as torchvision's {published.weights} of {name}{sets}"
-    return replace(opened, preprocessing=_preprocessing(name, opened.model, published.weights), notes=(note,))
-
-
-def _preprocessing(name: str, model: nn.Module, weights_name: str | None) -> Preprocessing:
-    """Return how the transforms of these weights, or of the default ones, prepare an image."""
-    assumed = assumed_preprocessing(model)
-    if assumed.form in ("image-list", "image-pair"):
-        return with_channels(assumed, input_channels(model))
-    transforms = _weights(name, weights_name or "DEFAULT").transforms()
-    sizes = (getattr(transforms, key, None) for key in ("crop_size", "resize_size"))
-    crop, resize = (value[0] if isinstance(value, list | tuple) else value for value in sizes)
-    # Vision transformers fix their input size when they are built.
-    fixed = getattr(model, "image_size", None)
-    other_size = isinstance(fixed, int) and fixed != crop
-    side = (fixed if other_size else crop) or 224
-    known = replace(
-        assumed,
-        size=(side, side),
-        mean=tuple(getattr(transforms, "mean", None) or IMAGENET_MEAN),
-        std=tuple(getattr(transforms, "std", None) or IMAGENET_STD),
-        resize=None if other_size else resize,
-        interpolation=getattr(getattr(transforms, "interpolation", None), "value", "bilinear"),
-        normalization_from="weights" if weights_name else "family",
-        size_from="weights" if weights_name and not other_size else "family",
-    )
-    return with_channels(known, input_channels(model))
+    known = Torchvision().preprocessing(published.reference, opened.model, {}, published.weights)
+    return replace(opened, preprocessing=known, notes=(note,))
 
 
 def published(digest: str) -> Published | None:
@@ -196,22 +207,6 @@ def published(digest: str) -> Published | None:
                 arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
                 return Published(f"{PREFIX}{name}", weights.name, arguments)
     return None
-
-
-def _set_channels_(model: nn.Module, reference: str, channels: Any) -> None:
-    """Give the network another number of input channels: a new first conv with random weights."""
-    name, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
-    # What a network is for, as torchvision's packages say: classification, segmentation, detection, video …
-    package: list[str] = models.get_model_builder(reference.removeprefix(PREFIX)).__module__.split(".")
-    if conv is None or (len(package) > 3 and package[2] != "segmentation"):
-        raise SourceError(f"{reference} does not take 'in_channels'; its input has the channels of an image")
-    if type(channels) is not int or channels < 1 or channels % conv.groups:
-        raise SourceError(f"{reference} cannot have in_channels={channels!r}; give a whole number from 1 on")
-    if channels == conv.in_channels:
-        return
-    same = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    other = nn.Conv2d(channels, bias=conv.bias is not None, **{field: getattr(conv, field) for field in same})
-    model.set_submodule(name, other)
 
 
 def _make(name: str, arguments: Mapping[str, Any], weights: Mapping[str, Any]) -> nn.Module:

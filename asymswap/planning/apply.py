@@ -12,8 +12,8 @@ from torch import nn
 from asymswap import replacements
 from asymswap.errors import PlanError, near_names
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.graph.sites import find_convs, read_conv
 from asymswap.graph.surgery import swap, take_over_
+from asymswap.graph.trace import find_convs, read_conv
 from asymswap.replacements import Original
 from asymswap.types import Plan, Progress, Swap, silent
 from asymswap.utils.tensors import generator_for, side_by_side

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from asymswap import replacements
-from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import give_back_, swap
-from asymswap.graph.trace import conv_input, read_structure
+from asymswap.graph.trace import conv_input, read_conv, read_structure
 from asymswap.planning.apply import apply_plan
 from asymswap.results.convert import FusionRow
 from asymswap.types import ConvSpec, Plan, Progress, Swap, silent

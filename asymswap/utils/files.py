@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from asymswap.errors import AsymswapError, OutputError, SourceError
+from asymswap.errors import OutputError, SourceError
 
 try:
     import fcntl
@@ -123,13 +123,9 @@ def fail_if_modified(*paths: Path) -> Iterator[None]:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     before = [state(path) for path in paths]
-    cause = None
     try:
         yield
-    except AsymswapError as error:
-        cause = error
-    for path, was in zip(paths, before, strict=True):
-        if state(path) != was:
-            raise SourceError(f"{path} changed while it was being read; run again when nothing writes to it") from cause
-    if cause is not None:
-        raise cause
+    finally:
+        for path, was in zip(paths, before, strict=True):
+            if state(path) != was:
+                raise SourceError(f"{path} changed while it was being read; run again when nothing writes to it")

@@ -324,15 +324,14 @@ def side_by_side(
     solitary = [number for number, item in enumerate(items) if alone(item)]
     # No more than two: each layer holds float64 copies of its kernel and covariance meanwhile.
     workers = min(torch.get_num_threads(), 2)
-    with on_threads(1):
+    with on_threads(1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for number in solitary:
             results[number] = function(items[number])
             step(len(results))
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            others = [number for number in range(len(items)) if number not in results]
-            # At its end, also by an exception, what has not begun is cancelled.
-            with closing(pool.map(function, [items[number] for number in others])) as found:  # type: ignore[type-var]
-                for number, result in zip(others, found, strict=True):
-                    results[number] = result
-                    step(len(results))
+        others = [number for number in range(len(items)) if number not in results]
+        # At its end, also by an exception, what has not begun is cancelled.
+        with closing(pool.map(function, [items[number] for number in others])) as found:  # type: ignore[type-var]
+            for number, result in zip(others, found, strict=True):
+                results[number] = result
+                step(len(results))
     return [results[number] for number in range(len(items))]

@@ -194,8 +194,8 @@ class Bench:
     def fuse(self, model: Any, plan: Any) -> tuple[Any, int]:
         """A copy with every swapped site as one conv again, or None; and how many sites can be."""
         from asymswap import replacements
-        from asymswap.graph.sites import read_conv
         from asymswap.graph.surgery import swap
+        from asymswap.graph.trace import read_conv
 
         fused = {}
         for entry in plan.swaps:

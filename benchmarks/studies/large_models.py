@@ -213,8 +213,7 @@ def threads_of(name: str, rounds: int) -> dict[str, Any]:
     import torch
 
     from asymswap import replacements
-    from asymswap.graph.sites import read_conv
-    from asymswap.graph.trace import trace
+    from asymswap.graph.trace import read_conv, trace
     from asymswap.models.opening import open_model
     from asymswap.types import Swap
 

@@ -22,8 +22,7 @@ from torchvision import models
 
 import asymswap
 from asymswap.errors import AsymswapError
-from asymswap.graph.sites import read_conv
-from asymswap.graph.trace import trace
+from asymswap.graph.trace import read_conv, trace
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opening import open_model
 from asymswap.planning.plan import plan_text

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from asymswap.graph.sites import read_conv
+from asymswap.graph.trace import read_conv
 from asymswap.types import Call, Site
 
 

@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.graph.sites import read_conv
-from asymswap.graph.trace import trace
+from asymswap.graph.trace import read_conv, trace
 from asymswap.replacements import Original, acb, load, parse_settings
 from asymswap.types import ConvSpec, Neighbour, Site
 

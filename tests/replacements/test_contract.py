@@ -21,7 +21,7 @@ from torch import nn
 import asymswap
 from asymswap import replacements
 from asymswap.errors import RecipeError
-from asymswap.graph.sites import read_conv
+from asymswap.graph.trace import read_conv
 from asymswap.measure.macs import count_costs
 from asymswap.replacements import KindSettings
 from asymswap.types import Cost, Option, Swap

@@ -6,7 +6,7 @@ from conv_cases import Case, cases
 from hypothesis import given
 from torch.nn import functional as F
 
-from asymswap.graph.sites import read_conv
+from asymswap.graph.trace import read_conv
 from asymswap.replacements import _convs, load
 from asymswap.types import ConvSpec
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asymswap.errors import RecipeError
 from asymswap.factorize import covariance
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.graph.sites import read_conv
+from asymswap.graph.trace import read_conv
 from asymswap.replacements import Original, load, low_rank, parse_settings
 from asymswap.replacements._pairs import SettledPair
 from asymswap.types import ConvSpec

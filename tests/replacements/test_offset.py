@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap import replacements
 from asymswap.errors import RecipeError
-from asymswap.graph.sites import read_conv
+from asymswap.graph.trace import read_conv
 from asymswap.measure.macs import count_costs
 from asymswap.replacements.offset import OffsetConv2d, Settings
 from asymswap.types import Call, ConvSpec, Site

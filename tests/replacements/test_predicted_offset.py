@@ -17,9 +17,8 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import PlanError, RecipeError
-from asymswap.graph.sites import read_conv
 from asymswap.graph.surgery import swap, take_over_
-from asymswap.graph.trace import trace
+from asymswap.graph.trace import read_conv, trace
 from asymswap.measure.macs import count_costs
 from asymswap.replacements import Original, load, parse_settings, predicted_offset
 from asymswap.replacements.predicted_offset import PredictedOffsetConv2d

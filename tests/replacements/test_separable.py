@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.graph.sites import read_conv
+from asymswap.graph.trace import read_conv
 from asymswap.replacements import Original, load, load_swap, parse_settings, separable
 from asymswap.types import Call, ConvSpec, Site, Swap
 

@@ -20,8 +20,7 @@ from asymswap.calibration.gather import Images
 from asymswap.calibration.sequential import refine_
 from asymswap.errors import RecipeError
 from asymswap.factorize.statistics import SiteStatistics
-from asymswap.graph.sites import read_conv
-from asymswap.graph.trace import trace
+from asymswap.graph.trace import read_conv, trace
 from asymswap.planning.apply import apply_plan
 from asymswap.replacements import Original, load, parse_settings, separable
 from asymswap.types import Call, Plan, Site, Swap
