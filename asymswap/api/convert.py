@@ -33,19 +33,17 @@ from asymswap.api.drop import convert_within
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
 from asymswap.calibration.agreement import MEASURED, Against, on_held_back
-from asymswap.calibration.calibrate import PROBED, fed_on, options_of, some_inputs
+from asymswap.calibration.calibrate import PROBED, options_of, settle_for, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
-from asymswap.data.inputs import settle_on
 from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of
-from asymswap.data.normalization import fed_of
-from asymswap.errors import AsymswapError, CheckpointError
+from asymswap.errors import AsymswapError, CheckpointError, PlanError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.measure.runtimes import RUNTIMES
 from asymswap.measure.timing import Timing
 from asymswap.models.converted import base_of, save_checkpoint, versions
-from asymswap.models.opened import sizes_assumed
+from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
@@ -99,7 +97,7 @@ def convert(
     model: Model,
     recipe: str | Path | None = None,
     *,
-    plan: Plan | str | bytes | Mapping[str, Any] | None = None,
+    plan: Plan | str | bytes | Path | Mapping[str, Any] | None = None,
     macs: float | None = None,
     params: float | None = None,
     latency: float | str | None = None,
@@ -118,7 +116,7 @@ def convert(
     seed: int = 0,
     progress: Shows = True,
 ) -> Conversion:
-    """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
+    """Convert a model by a recipe, or by a plan (an object, its JSON or the path of a file), and measure what changed.
 
     `calibration` chooses ranks and weights on unlabelled images, far more accurately than by the weights alone; the
     processes of its team must make the same call, and get the same result. `evaluate` is a data reference, whose test
@@ -131,15 +129,24 @@ def convert(
     Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
     `allow_drift`.
     """
-    if (recipe is None) == (plan is None):
-        raise AsymswapError("convert takes either a recipe or a plan")
+    if recipe is not None and plan is not None:
+        raise AsymswapError("give either `recipe=…` or `plan=…`, not both")
+    if recipe is None and plan is None:
+        raise AsymswapError("give `recipe=…` or `plan=…`; `asymswap recipes` lists the recipes that come with asymswap")
     overrides = _with_budget(overrides, macs=macs, params=params, latency=latency, max_drop=max_drop)
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: `overrides=…` and budgets go with a recipe; edit the plan instead")
     requested: Recipe | Plan
     text, budget = "", None
     if recipe is None:
-        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, "the given plan")
+        where = "the given plan"
+        if isinstance(plan, Path):
+            where = str(plan)
+            try:
+                plan = plan.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise PlanError(f"cannot read the plan {where}: {getattr(error, 'strerror', None) or error}") from None
+        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, where)
     else:
         text, where = read_recipe_text(str(recipe))
         requested = parse_recipe(text, where, overrides)
@@ -167,9 +174,7 @@ def convert(
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     clock = Clock(opened.seconds)
     check_finite(opened)
-    feeding = None
-    if isinstance(evaluate, str) or (calibration is not None and calibration.data is not None):
-        opened, feeding = settle_on(opened, *fed_on(calibration, str(evaluate)))
+    opened = settle_for(opened, calibration, evaluate)
     evaluator = None if evaluate is None else evaluator_of(evaluate, opened, crop_border)
     clock.stop("load")
     session = Session(opened, calibration, clock)
@@ -232,8 +237,8 @@ def convert(
             accuracy=scores,
             agreement=agreement,
             drop=dropped,
-            warnings=(*(sizes_assumed([opened]) if feeding is None else feeding.warnings), *report.warnings),
-            fed=fed_of(feeding),
+            warnings=(*input_warnings(opened), *report.warnings),
+            fed=opened.fed,
             seconds=clock.seconds,
         )
 

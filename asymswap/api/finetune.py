@@ -20,7 +20,7 @@ from asymswap.checkpoint import Header, check_suffix
 from asymswap.data import batches
 from asymswap.data.datasets import LabelledImages, image_transform, open_parts, own_samples
 from asymswap.data.metrics import EvaluatedBy, check_class_names, check_classifier, known_classes
-from asymswap.data.normalization import Feeding, fed_of, settle
+from asymswap.data.normalization import settle
 from asymswap.errors import AsymswapError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
@@ -135,13 +135,12 @@ def finetune(
     if evaluate is not None and settings.validation is not None:
         raise AsymswapError(f"give either `evaluate=…` or `validation={settings.validation}`")
     held_back = settings.validation if evaluate is None else "none"
-    feeding: Feeding | None = None
     if isinstance(data, str | Path):
         data = str(data)
         if download:
             # The first process alone downloads, which settling and opening the parts then find.
             team.first(lambda: settle(opened, data, "train", download=True))
-        opened, feeding = settle(opened, data, "train")
+        opened = settle(opened, data, "train")
     if isinstance(data, str | torch.Tensor | Dataset) and not isinstance(data, IterableDataset):
         settings, material = _samples(opened, data, settings, held_back, loss, inputs, team, download)
     else:
@@ -156,7 +155,10 @@ def finetune(
         beside = None if opened.file is None else opened.file.parent
         named = settings.distill if teacher is None else teacher
         taught = find_teacher(opened.header(), named, opened.model, beside)
-    identity = settings.identity() | {"augment": list(material.presets), "data": data if feeding else material.data}
+    identity = settings.identity() | {
+        "augment": list(material.presets),
+        "data": data if isinstance(data, str) else material.data,
+    }
     identity |= {"images": material.source.count, "checkpoint": opened.sha256, "processes": team.size}
     for name, function in {"inputs": inputs, "loss": loss, "evaluate": evaluate}.items():
         if function is not None:
@@ -252,8 +254,8 @@ def finetune(
         files=tuple(FileRow(str(path), path.stat().st_size) for path in dict.fromkeys(files)),
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
-        fed=fed_of(feeding),
-        warnings=() if feeding is None else feeding.warnings,
+        fed=opened.fed,
+        warnings=opened.fed_warnings,
     )
     return FineTuned(result, report, header(progress), base_of(opened))
 

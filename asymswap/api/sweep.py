@@ -14,15 +14,13 @@ from asymswap.api.convert import SAME_IMAGES
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.agreement import on_held_back
-from asymswap.calibration.calibrate import fed_on, options_of
+from asymswap.calibration.calibrate import options_of, settle_for
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
-from asymswap.data.inputs import settle_on
 from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
-from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.measure.timing import Timing
-from asymswap.models.opened import sizes_assumed
+from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
@@ -78,9 +76,7 @@ def sweep(
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     check_finite(opened)
-    feeding = None
-    if isinstance(data, str) or (calibration is not None and calibration.data is not None):
-        opened, feeding = settle_on(opened, *fed_on(calibration, str(data)))
+    opened = settle_for(opened, calibration, data)
     # Before the model runs: a mistake in the data is not to be hidden by one in its input.
     evaluator = None if data is None else evaluator_of(data, opened, crop_border)
     if evaluator is None and (calibration is None or calibration.data is None):
@@ -116,8 +112,7 @@ def sweep(
     if tolerance is None:
         tolerance = TOLERANCES.get(known.first.unit, abs(known.first.value) / 100)
     tolerated = Drop.parse(tolerance).allowed(known.first)
-    warnings = sizes_assumed([opened]) if feeding is None else feeding.warnings
-    result = replace(known, tolerance=tolerated, warnings=warnings, fed=fed_of(feeding))
+    result = replace(known, tolerance=tolerated, warnings=input_warnings(opened), fed=opened.fed)
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = [(name, budget) for name in parsed for budget in budgets if (name, budget) not in done]
     sites = session.sites_of([parsed[name] for name in dict.fromkeys(name for name, _ in lacking)])

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from asymswap.calibration.gather import (
 )
 from asymswap.calibration.polish import Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
-from asymswap.data.datasets import Part, open_data
-from asymswap.data.inputs import Batches, open_inputs
+from asymswap.data.datasets import open_data
+from asymswap.data.inputs import Batches, open_inputs, settle_on
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
@@ -55,11 +56,11 @@ def options_of(
     return preprocessing or own
 
 
-def fed_on(calibration: Calibration | None, evaluate: str) -> tuple[UserData, Part]:
-    """Return the data, and its part, which decides the preprocessing."""
-    if calibration is None or calibration.data is None:
-        return UserData(evaluate), "test"
-    return calibration.given(), "train"
+def settle_for(opened: OpenedModel, calibration: Calibration | None, evaluate: Any) -> OpenedModel:
+    """Return an opened model with its preprocessing settled on what it is calibrated on, or else evaluated on."""
+    if calibration is not None and calibration.data is not None:
+        return settle_on(opened, calibration.given())
+    return settle_on(opened, UserData(evaluate), "test") if isinstance(evaluate, str) else opened
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
+    from asymswap.models.opening import Unopened
     from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.reporting.tables import Screen
     from asymswap.types import Progress
@@ -124,11 +125,11 @@ class Common:
     debug: bool = option(False, "Show the traceback of an error.")
 
     @functools.cached_property
-    def task(self) -> Task | None:
+    def task(self) -> Task:
         """The functions of the task file, which is run when they are first asked for."""
-        from asymswap.data.task import read_task
+        from asymswap.data.task import Task, read_task
 
-        return None if self.task_file is None else read_task(self.task_file)
+        return Task() if self.task_file is None else read_task(self.task_file)
 
     @functools.cached_property
     def preprocessing(self) -> PreprocessingOptions | None:
@@ -147,7 +148,6 @@ class Common:
         )
         return None if options == PreprocessingOptions() else options
 
-    @functools.cached_property
     def _opening(self) -> dict[str, Any]:
         """The options of `asymswap.open_model`."""
         form, names = "not channels x height x width, such as 3x224x224", ("weights", "arch", "key", "trust_pickle")
@@ -158,26 +158,27 @@ class Common:
             "preprocessing": self.preprocessing,
         }
 
-    def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
-        """Open the model of a command, for the verb that gets it."""
-        from asymswap.models.opening import open_model
+    def model(self, reference: str | Path, step: Progress) -> Unopened:
+        """Return the model of a command, which the verb that gets it opens."""
+        from asymswap.models.opening import Unopened, open_model
 
-        return self._handed_over([open_model(str(model), progress=step, **self._opening)])[0]
+        return Unopened(lambda: self._handed_over(open_model(str(reference), progress=step, **self._opening())))
 
     def open_models(self, models: list[str], step: Progress) -> list[OpenedModel]:
         """Open several models, all of them before the verb begins."""
         from asymswap.models.opening import open_models
 
-        return self._handed_over(open_models(models, progress=step, **self._opening))
+        return [self._handed_over(one) for one in open_models(models, progress=step, **self._opening())]
 
-    def _handed_over(self, opened: list[OpenedModel]) -> list[OpenedModel]:
-        """Return models for one verb; the first sample of a task's calibration() is their example."""
-        if self.task is not None and self.task.calibration is not None:
+    def _handed_over(self, opened: OpenedModel) -> OpenedModel:
+        """Return a model for one verb; the first sample of a task's calibration() is its example."""
+        if self.task.calibration is not None:
             from asymswap.data.inputs import settle_on
             from asymswap.types import UserData
 
-            opened = [settle_on(one, UserData(self.task.calibration, self.task.inputs))[0] for one in opened]
-        return [one.hand_over() for one in opened]
+            # That is not yet what the verb works on, so no report is to mention it.
+            opened = replace(settle_on(opened, UserData(self.task.calibration, self.task.inputs)), fed=None)
+        return replace(opened, handed_over=True)
 
     def check_form(self, markdown: bool) -> None:
         """Raise AsymswapError where both JSON and Markdown are asked for."""
@@ -299,14 +300,6 @@ def parse_pairs(option: str, texts: list[str] | None, python: bool = False) -> d
             raise AsymswapError(f"{option} {text!r} is not key=value")
         pairs[key.strip()] = parse(value.strip())
     return pairs
-
-
-def check_recipe(recipe: str | None, overrides: dict[str, Any] | None = None) -> None:
-    """Raise RecipeError for a mistake in a recipe, before the verb that finds it has opened the model."""
-    from asymswap.planning.recipe import parse_recipe, read_recipe_text
-
-    if recipe is not None:
-        parse_recipe(*read_recipe_text(recipe), overrides)
 
 
 def check_picture(option: str, path: Path, force: bool, suffixes: Sequence[str] = (".svg", ".png")) -> None:

@@ -75,11 +75,9 @@ def sweep(
         def write(result: Tradeoff) -> None:
             write_file(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
 
-        for one in recipe:
-            o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
         by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
         result = run(
-            common.open_model(model, step),
+            common.model(model, step),
             recipe,
             by,
             budgets=budgets or BUDGETS,

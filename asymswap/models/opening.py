@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -45,7 +45,14 @@ class Converted(Protocol):
     base: nn.Module | None
 
 
-Model = str | Path | nn.Module | OpenedModel | Converted
+@dataclass(frozen=True)
+class Unopened:
+    """A model that is opened by the verb that gets it, once that has checked everything else."""
+
+    open: Callable[[], OpenedModel]
+
+
+Model = str | Path | nn.Module | OpenedModel | Converted | Unopened
 """What every verb takes: a reference, a file, a module that exists already, an opened model, or a verb's result."""
 
 
@@ -141,11 +148,13 @@ def open_for_verb(
     preprocessing: PreprocessingOptions | None = None,
 ) -> OpenedModel:
     """Return the model as a verb takes it; one that was opened here is the verb's alone."""
+    if isinstance(model, Unopened):
+        return model.open()
     if isinstance(model, OpenedModel) and input_size is None and preprocessing is None and example_inputs is None:
         return model
     options: dict[str, Any] = {"input_size": input_size, "example_inputs": example_inputs}
     opened = open_model(model, **options, preprocessing=preprocessing, progress=progress)
-    return opened if isinstance(model, OpenedModel) else opened.hand_over()
+    return opened if isinstance(model, OpenedModel) else replace(opened, handed_over=True)
 
 
 def open_models(
