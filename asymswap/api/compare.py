@@ -157,8 +157,7 @@ def _gap(
             sums.add(expected, other)
     if not sums.tensors:
         return None, ""
-    found = sums
-    return OutputGap(found.relative, found.largest), ""
+    return OutputGap(sums.relative, sums.largest), ""
 
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:

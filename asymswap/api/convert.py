@@ -44,7 +44,7 @@ from asymswap.measure.runtimes import RUNTIMES
 from asymswap.measure.timing import Timing
 from asymswap.models.converted import base_of, save_checkpoint, versions
 from asymswap.models.opened import input_warnings
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
 from asymswap.planning.plan import check_not_empty, plan_from_json
@@ -54,21 +54,22 @@ from asymswap.reporting.convert import check_suffix, report_text
 from asymswap.results import convert as results
 from asymswap.results.convert import Report
 from asymswap.results.records import read_provenance, read_report, to_json
-from asymswap.types import Cost, Keep, Plan, Shown, Site, Swap
+from asymswap.types import Cost, Keep, Plan, Site, Swap
 from asymswap.utils.files import check_output, write_file
 from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
 @dataclass
-class Conversion(Shown):
-    """A converted model, the plan that made it, and the report; `save` writes it."""
+class Conversion(Made):
+    """A converted model, and the report; `save` writes it."""
 
-    model: nn.Module
-    plan: Plan
     report: Report
-    header: Header
-    base: nn.Module | None = None  # the unconverted model, if only the user's code builds it
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that made it."""
+        return self.header.plans[-1]
 
 
 @shows_progress
@@ -252,7 +253,7 @@ def convert(
         "report": to_json(replace(report, seconds={})),
     }
     header = replace(opened.header(), plans=(*opened.plans, converted.plan), provenance=provenance)
-    return Conversion(converted.model, converted.plan, report, header, base_of(opened))
+    return Conversion(converted.model, report, header, base_of(opened))
 
 
 def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | str | None) -> dict[str, Any]:
@@ -315,12 +316,9 @@ def _make_report(session: Session, converted: Converted, recipe: str, budget: st
     Raises AsymswapError where the converted model's output is not finite.
     """
     opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
-    gathered, calibrated, size = session.gathered, None, ""
-    if gathered is not None:
-        about, polished = gathered.summary, [str(converted.polished)] if converted.polished is not None else []
-        calibrated = results.CalibrationRow(
-            about.data, about.images, about.sha256, about.seed, converted.sequential, (*converted.notes, *polished)
-        )
+    gathered, calibrated, size = session.gathered, converted.calibration, ""
+    if calibrated is not None and converted.polished is not None:
+        calibrated = replace(calibrated, notes=(*calibrated.notes, str(converted.polished)))
     if gathered is not None and gathered.held_back is not None:
         inputs = samples_of(placed(opened.model, gathered.held_back.load(0)), 0, PROBED)
         probed = fmt.samples(samples_in(inputs), gathered.summary.data).replace("unlabelled ", "")

@@ -26,7 +26,7 @@ from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
 from asymswap.models.converted import base_of, save_checkpoint, versions
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
@@ -36,7 +36,6 @@ from asymswap.training.distillation import ORIGINAL, Teacher, find_teacher
 from asymswap.training.objective import Objective, Validator, by_labels, by_loss, by_user
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
-from asymswap.types import Shown
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
 from asymswap.utils.inputs import placed
@@ -46,13 +45,10 @@ _NOT_VALIDATED = "the last weights are kept: to keep the best give `evaluate=…
 
 
 @dataclass
-class FineTuned(Shown):
+class FineTuned(Made):
     """The fine-tuned model, in eval mode, with the report and the header for its checkpoint."""
 
-    model: nn.Module
     report: TrainingReport
-    header: Header
-    base: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.calibration.calibrate import some_inputs
-from asymswap.checkpoint import Header, save_state
+from asymswap.checkpoint import save_state
 from asymswap.data.normalization import settle
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
@@ -19,24 +18,20 @@ from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
 from asymswap.models.converted import base_of, original_of, save_checkpoint
 from asymswap.models.opened import input_warnings
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import fuse_model
 from asymswap.results.convert import FileRow
 from asymswap.results.fuse import FusionReport
 from asymswap.results.records import plain
-from asymswap.types import Shown
 from asymswap.utils.files import check_output
 
 
 @dataclass
-class Fusion(Shown):
+class Fusion(Made):
     """A model whose replacements have been fused, and the report; `save_fused` writes it."""
 
-    model: nn.Module
     report: FusionReport
-    header: Header
-    base: nn.Module | None = None
 
 
 @shows_progress

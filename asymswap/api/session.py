@@ -25,7 +25,7 @@ from asymswap.planning.apply import apply_plan
 from asymswap.planning.latency_budget import plan_in_time
 from asymswap.planning.plan import Choices, check_replay, choose, counted_costs, find_choices, matched_sites
 from asymswap.planning.recipe import Budget, Recipe
-from asymswap.results.convert import LatencyRow
+from asymswap.results.convert import CalibrationRow, LatencyRow
 from asymswap.types import Plan, Progress, Site, Swap, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.inputs import portions
@@ -51,14 +51,13 @@ class Clock:
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted model, its plan and costs; `sequential`: it was solved layer by layer, as the `notes` say."""
+    """A converted model, its plan and costs, and what it was calibrated on."""
 
     model: nn.Module
     plan: Plan
     costs: Costs
-    sequential: bool = False
+    calibration: CalibrationRow | None = None
     polished: Polished | None = None
-    notes: tuple[str, ...] = ()
 
 
 class Session:
@@ -184,11 +183,10 @@ class Session:
         # Each conversion has notes of its own.
         gathered = None if gathered is None else replace(gathered, notes=[*gathered.notes])
         self.check_replaceable([name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None])
-        trained = None
+        row = trained = None
         if gathered is None or calibration is None:
             # If nobody else holds the original, unchanged weights need not be held twice.
             converted = apply_plan(opened.model, plan, progress, share=opened.may_share)
-            sequential = False
             self.clock.stop("convert")
         else:
             converted, sequential = convert_on(self.traced, plan, gathered, calibration, progress)
@@ -198,6 +196,8 @@ class Session:
                 self.team.follow_(converted)
                 self.clock.stop("polish")
             converted = in_own_precision(opened, plan, converted, gathered)
+            on = gathered.summary
+            row = CalibrationRow(on.data, on.images, on.sha256, on.seed, sequential, tuple(gathered.notes))
         found = first_not_finite(converted)
         if found is not None and first_not_finite(opened.model) is None:
             raise AsymswapError(
@@ -217,7 +217,7 @@ class Session:
             change = describe_calls(site.name, costs.calls[site.name], site.calls)
             if change is not None:
                 raise AsymswapError(f"in the converted model {change}; keep that conv by a rule with keep = true")
-        return Converted(converted, plan, costs, sequential, trained, () if gathered is None else tuple(gathered.notes))
+        return Converted(converted, plan, costs, row, trained)
 
 
 def check_finite(opened: OpenedModel, done: str = "converted") -> None:

@@ -144,7 +144,7 @@ def sweep(
             point = Point(name, fraction, failed=str(error))
         else:
             converted = session.apply(plan, step)
-            notes |= dict.fromkeys(converted.notes)
+            notes |= dict.fromkeys(() if converted.calibration is None else converted.calibration.notes)
             found = evaluator(converted.model, partial(step, "evaluating"))
             check_same(result.scores, found)
             values = {score.name: score.value for score in found}

@@ -67,7 +67,7 @@ def convert(
             check_output(path, force)
     if report is not None:
         check_report(report)
-    check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration["cache"]})
+    check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration.get("cache")})
     with joined() as team, bars(common.quiet or not team.leads) as step:
         import asymswap
         from asymswap.checkpoint import check_suffix

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from asymswap.calibration.config import Calibration
-from asymswap.cli.fields import Group
+from asymswap.cli.commands import Group
 from asymswap.errors import AsymswapError
 from asymswap.utils.options import option
 
@@ -89,27 +89,25 @@ def compared_by(
     needed: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """Return what `measured_by` does, or with `against_original` the inputs on which models are to agree."""
-    given = {name: value for name, value in unlabelled.items() if value is not None}
     if not against_original:
-        if given:
-            raise AsymswapError(f"`{next(iter(given))}=…` goes with --against-original; leave it out")
+        if unlabelled:
+            raise AsymswapError(f"`{next(iter(unlabelled))}=…` goes with --against-original; leave it out")
         return measured_by("--data", data, measured, task, needed)
     images = task.calibration if data is None else data
     if images is None:
         raise AsymswapError("--against-original needs inputs: give --data, or a --task with calibration()")
-    return Calibration(images, inputs=task.inputs, **given), {"against_original": True}
+    return Calibration(images, inputs=task.inputs, **unlabelled), {"against_original": True}
 
 
-def calibration_of(values: Mapping[str, Any], seed: int, team: Team, task: Task) -> Calibration | None:
+def calibration_of(given: Mapping[str, Any], seed: int, team: Team, task: Task) -> Calibration | None:
     """Return the calibration that the options of `CALIBRATION` ask for; None where no data is given.
 
     The data may be that of a task. Raises AsymswapError where an option needs data, or two say which.
     """
-    given = {name: value for name, value in values.items() if value is not None}
     if task.calibration is not None and "data" in given:
         raise AsymswapError(f"--calibrate and calibration() of {task.path} both say what to calibrate on; give one")
     known = {"data": task.calibration, "inputs": task.inputs}
-    given |= {name: value for name, value in known.items() if value is not None}
+    given = dict(given) | {name: value for name, value in known.items() if value is not None}
     if not given.keys() & {"data", "cache"}:
         # What a task says of inputs is for other data, too.
         given.pop("inputs", None)
@@ -123,11 +121,10 @@ def calibration_of(values: Mapping[str, Any], seed: int, team: Team, task: Task)
     if "polish_images" in given and "polish_steps" not in given:
         raise AsymswapError("--polish-images needs polishing: give --polish STEPS or MINUTES")
     if "polish_steps" in given:
-        polish = re.fullmatch(r"(?P<steps>\d+)|(?P<minutes>\d+(\.\d+)?) ?m(in(utes)?)?", given.pop("polish_steps"))
+        text = given.pop("polish_steps")
+        polish = re.fullmatch(r"(?P<steps>\d+)|(?P<minutes>\d+(\.\d+)?) ?m(in(utes)?)?", text)
         if polish is None:
-            raise AsymswapError(
-                f"--polish {values['polish_steps']!r} is neither steps, such as 500, nor minutes, such as 5min"
-            )
+            raise AsymswapError(f"--polish {text!r} is neither steps, such as 500, nor minutes, such as 5min")
         steps, minutes = polish["steps"], polish["minutes"]
         given |= {"polish_steps": int(steps)} if steps else {"polish_minutes": float(minutes)}
     return Calibration(**given, seed=seed, team=team)

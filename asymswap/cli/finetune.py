@@ -8,9 +8,9 @@ from typing import Any
 
 from asymswap.api.progress import training as shown_training
 from asymswap.cli import options as o
+from asymswap.cli.commands import Group
 from asymswap.cli.data import LABELLED
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import Group
 from asymswap.errors import AsymswapError
 from asymswap.training.config import Training
 from asymswap.utils.distributed import joined

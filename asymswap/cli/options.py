@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from asymswap.api.progress import bars, plain_console
+from asymswap.cli.commands import Group
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import Group
 from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
 from asymswap.utils.options import option
@@ -61,12 +61,7 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
 
-def _timing(values: Mapping[str, Any]) -> Timing | None:
-    given = {name: value for name, value in values.items() if value is not None}
-    return Timing(**given) if given else None
-
-
-TIMING: Any = Group(Timing, _timing, given_only=True)
+TIMING: Any = Group(Timing, lambda given: Timing(**given) if given else None, given_only=True)
 """The options of time: a Timing, or None if none is given."""
 
 
