@@ -29,7 +29,6 @@ from torch import nn
 import asymswap
 from asymswap import replacements
 from asymswap.api.benchmark import time_conversion
-from asymswap.api.drop import convert_within
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
 from asymswap.calibration.agreement import MEASURED, Against, on_held_back
@@ -198,7 +197,7 @@ def convert(
         session.gather(session.sites_of([requested]), classes, progress)
     kept, dropped, timed = None, None, None
     if drop is not None and judge is not None and before is not None and isinstance(requested, Recipe):
-        converted, kept, dropped = convert_within(session, requested, drop, judge, before, progress)
+        converted, kept, dropped = session.convert_within(requested, drop, judge, before, progress)
     else:
         settled, timed = session.plan(requested, progress, timing=timing if in_time else None)
         if isinstance(requested, Recipe):

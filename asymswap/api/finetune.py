@@ -138,9 +138,11 @@ def finetune(
             team.first(lambda: settle(opened, data, "train", download=True))
         opened = settle(opened, data, "train")
     if isinstance(data, str | torch.Tensor | Dataset) and not isinstance(data, IterableDataset):
-        settings, material = _samples(opened, data, settings, held_back, loss, inputs, team, download)
+        settings, material = _samples(opened, data, settings, held_back, loss is not None, team, download)
     else:
         material = _batches(data, settings, held_back, team)
+    if material.labels and inputs is not None:
+        raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
     if loss is None and settings.distill is None and not material.labels:
         raise AsymswapError(
             f"nothing says what to learn from {material.data}: give `loss=…`, a function of the outputs and the batch, "
@@ -257,14 +259,7 @@ def finetune(
 
 
 def _samples(
-    opened: OpenedModel,
-    data: Any,
-    settings: Training,
-    validation: str | None,
-    loss: Callable[[Any, Any], Any] | None,
-    inputs: Callable[[Any], Any] | None,
-    team: Team,
-    download: bool,
+    opened: OpenedModel, data: Any, settings: Training, validation: str | None, own_loss: bool, team: Team, fetch: bool
 ) -> tuple[Training, _Material]:
     """Open images, with labels for a classifier alone, or samples of the user's, which are taken as they are."""
     distills, named = settings.distill is not None, isinstance(data, str)
@@ -273,10 +268,10 @@ def _samples(
         data = own_samples(data, opened.preprocessing)
 
     images = partial(open_parts, data, opened.preprocessing, validation, settings.seed)
-    if download:
+    if fetch:
         team.first(lambda: len(images(download=True, unlabelled=False)[0]))
-    train, held = images(unlabelled=distills or loss is not None)
-    labels = loss is None and bool(train.classes)
+    train, held = images(unlabelled=distills or own_loss)
+    labels = not own_loss and bool(train.classes)
     if labels and distills:
         # They are learned where the model gives class scores for an image.
         known = opened.preprocessing
@@ -287,8 +282,6 @@ def _samples(
         images(unlabelled=False)  # which checks the classes
         check_class_names(known_classes(opened), train)
         check_classifier(opened.model, train, exact=True)
-        if inputs is not None:
-            raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
         settings = replace(settings, workers=0 if train.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
