@@ -226,8 +226,8 @@ def convert(
                 results.ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before.scores
             ]
             scores = results.AccuracyRow(evaluator.description, evaluator.images, tuple(changes), evaluator.note)
-            if calibrated is not None and session.held_back_are(evaluator.inputs):
-                calibrated = replace(calibrated, notes=(*calibrated.notes, SAME_IMAGES))
+            if calibrated is not None:
+                calibrated = replace(calibrated, notes=calibrated.notes + session.notes_on(evaluator))
             clock.stop("evaluate")
         return replace(
             report,
@@ -366,8 +366,6 @@ def _make_report(session: Session, converted: Converted, recipe: str, budget: st
         files=() if opened.file is None else (results.FileRow(str(opened.file), opened.file.stat().st_size),),
     )
 
-
-SAME_IMAGES = "calibrated and evaluated on the same images: the accuracy is too good to be trusted"
 
 _PROMISED = 1e-4
 """Relative change of an output up to which it counts as preserved, or 8 steps of a coarser dtype."""

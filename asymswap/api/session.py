@@ -119,10 +119,11 @@ class Session:
         kind: OutputKind = "scores" if gathered.summary.outputs.startswith("class scores") else "values"
         return Against(self.opened, calibration, self.traced, kind)
 
-    def held_back_are(self, inputs: str) -> bool:
-        """Return True if the inputs of this description are those that are held back."""
+    def notes_on(self, evaluator: Evaluator) -> tuple[str, ...]:
+        """Warn where scores are of the images that the session is calibrated on."""
         held_back = None if self.gathered is None else self.gathered.held_back
-        return held_back is not None and held_back.description == inputs
+        same = held_back is not None and held_back.description == evaluator.inputs
+        return ("calibrated and evaluated on the same images: the accuracy is too good to be trusted",) if same else ()
 
     def plan(
         self,

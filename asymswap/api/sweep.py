@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from asymswap.api.convert import SAME_IMAGES
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.agreement import on_held_back
@@ -192,6 +191,4 @@ def _notes(session: Session, evaluator: Evaluator, found: Iterable[str]) -> tupl
     notes = [f"calibrated on {fmt.samples(summary.images, summary.data)} (seed {summary.seed})"]
     if calibration.polishes:
         notes.append(f"then polished on up to {calibration.polish_images} of them")
-    if session.held_back_are(evaluator.inputs):
-        notes.append(SAME_IMAGES)
-    return (*notes, *found, *note)
+    return (*notes, *session.notes_on(evaluator), *found, *note)

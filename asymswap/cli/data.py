@@ -34,13 +34,18 @@ class _Measured:
     crop_border: int = option(0, "Pixels to leave out at each border of pairs.", _PANEL, min=0)
 
 
+@dataclass(frozen=True)
+class _Compared(_Measured):
+    against_original: bool = option(
+        False,
+        "Measure how far each model agrees with the first, without labels, on what `convert` holds back of the same "
+        "--data, or of a task's calibration().",
+        _PANEL,
+    )
+
+
 MEASURED: Any = Group(_Measured)
-AGAINST_ORIGINAL = option(
-    False,
-    "Measure how far each model agrees with the first, without labels, on what `convert` holds back of the same "
-    "--data, or of a task's calibration().",
-    _PANEL,
-)
+COMPARED: Any = Group(_Compared)
 UNLABELLED: Any = Group(Calibration, given_only=True, only=("patch", "noise", "outputs"))
 CALIBRATION: Any = Group(
     Calibration,
@@ -81,15 +86,10 @@ def measured_by(
 
 
 def compared_by(
-    data: str | None,
-    measured: Mapping[str, Any],
-    against_original: bool,
-    unlabelled: Mapping[str, Any],
-    task: Task,
-    needed: bool = False,
+    data: str | None, measured: Mapping[str, Any], unlabelled: Mapping[str, Any], task: Task, needed: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """Return what `measured_by` does, or with `against_original` the inputs on which models are to agree."""
-    if not against_original:
+    """Return what `measured_by` does, or with --against-original the inputs on which models are to agree."""
+    if not measured["against_original"]:
         if unlabelled:
             raise AsymswapError(f"`{next(iter(unlabelled))}=…` goes with --against-original; leave it out")
         return measured_by("--data", data, measured, task, needed)
