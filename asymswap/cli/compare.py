@@ -23,11 +23,9 @@ def compare(
     seed: int = option(0, "Seed for choosing images.", _OUTPUTS),
     latency: bool = option(True, "Time all models in turn.", "Time"),
     timing: Any = o.TIMING,
-    markdown: bool = o.MARKDOWN,
-    common: o.Common = o.COMMON,
+    common: o.Common = o.BESIDE,
 ) -> None:
     """Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits"""
-    common.check_form(markdown)
     with common.progress() as step:
         from asymswap.api.compare import compare as beside
 
@@ -36,4 +34,4 @@ def compare(
         timing = (timing or Timing()) if latency else None
         opened = common.open_models(models, step)
         found = beside(opened, data=by, images=images, timing=timing, seed=seed, progress=step, **how)
-    common.show(found, markdown=markdown)
+    common.show(found)

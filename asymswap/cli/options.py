@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from asymswap.reporting.tables import Screen
     from asymswap.types import Progress
 
-T = TypeVar("T")
-
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
 """Panels of the help that several commands have."""
@@ -48,7 +46,6 @@ Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_ABOUT_MODELS, show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)]
 
-MARKDOWN = option(False, "Print Markdown, for a pull request.")
 FORCE = option(False, "Replace files that exist.", RESULT)
 OUTPUT = ("-o", "--output")
 DOWNLOAD = option(False, "Fetch the data where torchvision can.", IMAGES)
@@ -115,9 +112,15 @@ class Common:
         "Task",
         flags=("--task",),
     )
+    markdown: bool = option(False, "Print Markdown, for a pull request.")
     json: bool = option(False, "Print JSON instead of tables.")
     quiet: bool = option(False, "Show no progress and print no report.", flags=("--quiet", "-q"))
     debug: bool = option(False, "Show the traceback of an error.")
+
+    def __post_init__(self) -> None:
+        """Raise AsymswapError where both JSON and Markdown are asked for."""
+        if self.json and self.markdown:
+            raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
 
     @functools.cached_property
     def task(self) -> Task:
@@ -175,11 +178,6 @@ class Common:
             opened = replace(settle_on(opened, UserData(self.task.calibration, self.task.inputs)), fed=None)
         return replace(opened, handed_over=True)
 
-    def check_form(self, markdown: bool) -> None:
-        """Raise AsymswapError where both JSON and Markdown are asked for."""
-        if self.json and markdown:
-            raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
-
     def check_images(self, data: str | None) -> None:
         """Raise AsymswapError for options that say how to prepare images, where there are none."""
         from asymswap.models.preprocessing import check_needed
@@ -190,18 +188,13 @@ class Common:
         """Show progress while a block runs."""
         return bars(self.quiet)
 
-    def show(
-        self,
-        record: T,
-        view: Callable[[T, int | None], Screen] | None = None,
-        markdown: bool = False,
-    ) -> None:
+    def show(self, record: Any, view: Callable[[Any, int | None], Screen] | None = None) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
         from asymswap.reporting import views
         from asymswap.results.records import to_json
 
         draw = view or views.view
-        if markdown:
+        if self.markdown:
             typer.echo(draw(in_flags(record), None).markdown(), nl=False)
         elif self.json:
             print_json(to_json(record))
@@ -223,6 +216,8 @@ def _common(*opening: str, images: bool = True) -> Any:
 
 _OPENING = ("weights", "arch", "key", "arguments", "input_size", "trust_pickle")
 COMMON = _common(*_OPENING)
+BESIDE = _common(*_OPENING, "markdown")
+BESIDE_WITHOUT_IMAGES = _common(*_OPENING, "markdown", images=False)
 WITHOUT_IMAGES = _common(*_OPENING, images=False)
 OF_CHECKPOINT = _common("arch", "arguments")
 EXPORTED = _common("arch", "arguments", images=False)
