@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,13 @@ def sweep(
         if calibration is not None:
             session.gather(sites, evaluator.classes, progress)
     seconds: list[float] = []
-    notes: dict[str, None] = dict.fromkeys(() if session.gathered is None else session.gathered.notes)
+    notes = {"not calibrated: ranks and weights were chosen by the weights alone": None}
+    if session.gathered is not None and calibration is not None:
+        summary = session.gathered.summary
+        notes = {f"calibrated on {fmt.samples(summary.images, summary.data)} (seed {summary.seed})": None}
+        if calibration.polishes:
+            notes[f"then polished on up to {calibration.polish_images} of them"] = None
+        notes |= dict.fromkeys([*session.notes_on(evaluator), *session.gathered.notes])
     for name, fraction in lacking:
         place = f"{fraction:g} ({len(seconds) + 1} of {len(lacking)}"
         if seconds:
@@ -152,7 +158,7 @@ def sweep(
                 point = replace(point, time=timed.times[0].ratio.value)
         seconds.append(time.perf_counter() - start)
         point = replace(point, seconds=round(seconds[-1], 2))
-        result = replace(result.with_point(point), notes=_notes(session, evaluator, notes))
+        result = replace(result.with_point(point), notes=(*notes, *filter(None, [evaluator.note])))
         on_point(result)
     return result
 
@@ -179,16 +185,3 @@ def _setting(session: Session, evaluator: Evaluator, recipes: Mapping[str, tuple
         "calibration": calibrated,
         "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, (text, _) in recipes.items()},
     }
-
-
-def _notes(session: Session, evaluator: Evaluator, found: Iterable[str]) -> tuple[str, ...]:
-    """Return how the sweep was calibrated, and what to know of the scores."""
-    note = (evaluator.note,) if evaluator.note else ()
-    gathered, calibration = session.gathered, session.calibration
-    if gathered is None or calibration is None:
-        return ("not calibrated: ranks and weights were chosen by the weights alone", *note)
-    summary = gathered.summary
-    notes = [f"calibrated on {fmt.samples(summary.images, summary.data)} (seed {summary.seed})"]
-    if calibration.polishes:
-        notes.append(f"then polished on up to {calibration.polish_images} of them")
-    return (*notes, *session.notes_on(evaluator), *found, *note)

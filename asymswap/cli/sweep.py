@@ -63,7 +63,17 @@ def sweep(
         o.check_picture("--report", path, force, (".html", ".md", ".svg", ".png"))
     check_output(target, force=True)
     check_distinct({"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in reports}})
-    known = _known(target) if target.exists() and not force else None
+    known = None
+    if target.exists() and not force:
+        from asymswap.results.sweep import from_json
+
+        try:
+            known = from_json(json.loads(target.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise AsymswapError(
+                f"{target} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
+                f"--force to replace it"
+            ) from None
     with common.progress() as step:
         from asymswap.api.sweep import BUDGETS
         from asymswap.api.sweep import sweep as run
@@ -115,16 +125,3 @@ def parse_fractions(option: str, text: str) -> list[float]:
     except (InvalidOperation, ValueError):
         raise AsymswapError(f"{option} {text!r} is neither from:to:step, such as 0.9:0.3:0.1, nor 0.6,0.5") from None
     return sorted({float(value) for value in found}, reverse=True)
-
-
-def _known(path: Path) -> Any:
-    """Return the sweep to resume from a file."""
-    from asymswap.results.sweep import from_json
-
-    try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AsymswapError(
-            f"{path} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
-            f"--force to replace it"
-        ) from None
