@@ -35,8 +35,8 @@ def finetune(
     force: bool = o.FORCE,
     common: o.Common = o.TRAINED,
 ) -> None:
-    """A classifier learns labels; any other network what the task's loss says, or with --distill the original's
-    outputs.
+    """A classifier learns labels; any other network what the task's loss says, or
+    with --distill the original's outputs.
 
     Example: asymswap finetune model.asym.pt --data photos/ --epochs 5 --distill
     """
