@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OpenedModel]]:
 
 def convert(model: str | Path | nn.Module, **options: Any) -> nn.Module:
     """Convert a model that was opened for this alone, as the command line does it."""
-    opened = asymswap.open_model(model, input_size=SIZE, **options).hand_over()
+    opened = replace(asymswap.open_model(model, input_size=SIZE, **options), handed_over=True)
     converted = asymswap.convert(opened, "all-spatial", overrides={"rank": 1})
     assert converted.plan.swaps
     return converted.model

@@ -28,7 +28,7 @@ from asymswap.measure.latency import (
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, prepare_all
 from asymswap.measure.timing import MemoryFormat, Timing
-from asymswap.models.opened import OpenedModel, costs_of, sizes_assumed
+from asymswap.models.opened import OpenedModel, costs_of, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import TITLES, Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.results.convert import LatencyRow, TimeRow
@@ -110,7 +110,7 @@ def benchmark(
         rounds=len(next(iter(found.timed.values()))),
         others=found.others,
         versions=tuple(dict.fromkeys((RUNTIMES["torch"].version(), *(one.version for one in results if one.version)))),
-        warnings=sizes_assumed(opened),
+        warnings=input_warnings(*opened),
     )
 
 

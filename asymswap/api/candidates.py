@@ -7,7 +7,7 @@ from typing import Any
 
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session
-from asymswap.models.opened import sizes_assumed
+from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.plan import find_candidates
 from asymswap.planning.recipe import parse_recipe, read_recipe_text
@@ -36,5 +36,5 @@ def candidates(
         rows=tuple(find_candidates(opened.model, traced.sites, parsed)),
         total=costs.total,
         notes=opened.notes + traced.notes + costs.notes(),
-        warnings=sizes_assumed([opened]),
+        warnings=input_warnings(opened),
     )

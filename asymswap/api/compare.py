@@ -16,13 +16,12 @@ from asymswap.api.evaluate import against_first, settle_each
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.data.datasets import open_data
 from asymswap.data.metrics import Labelled, Predictions, check_same, evaluator_of, paired_kind
-from asymswap.data.normalization import all_warnings, fed_of
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.fidelity import Sums
 from asymswap.measure.latency import machine
 from asymswap.measure.runtimes import RUNTIMES
 from asymswap.measure.timing import Timing
-from asymswap.models.opened import OpenedModel, sizes_assumed
+from asymswap.models.opened import OpenedModel, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.evaluate import ComparedRow, Comparison, OutputGap, Score, TimingRow
@@ -57,7 +56,7 @@ def compare(
     if images is not None and images < 1:
         raise AsymswapError(f"`images={images}` leaves nothing to compare on; give 1 or more")
     opened = [open_for_verb(model, progress, input_size, example_inputs, preprocessing) for model in models]
-    opened, feedings, evaluators = settle_each(opened, data, against_original)
+    opened, evaluators = settle_each(opened, data, against_original)
     description, total, outputs_on = None, None, f"{_RANDOM} random images (seed {seed})"
     inputs = [one.probe(_RANDOM, seed) for one in opened]
     if isinstance(data, str) and paired_kind(data) is None and not crop_border and not evaluators:
@@ -81,7 +80,7 @@ def compare(
     rows: list[ComparedRow] = []
     first: Predictions | None = None
     reference = [_run(opened[0], batch) for batch in portions(inputs[0])]
-    for number, (one, own, feeding) in enumerate(zip(opened, inputs, feedings, strict=True)):
+    for number, (one, own) in enumerate(zip(opened, inputs, strict=True)):
         gap, missing = _gap(opened[0], reference, one, own, bool(total)) if number else (None, "")
         scores: tuple[Score, ...] = ()
         refusal, against = "", None
@@ -112,7 +111,7 @@ def compare(
             gap=gap and replace(gap, agreement=None if against is None else against.agreement),
             scores=scores,
             against_first=against,
-            fed=fed_of(feeding),
+            fed=one.fed,
         )
         rows.append(row)
     measured = None
@@ -126,7 +125,7 @@ def compare(
         data=description,
         images=total if total and total != len(sets[0]) else None,
         timing=measured,
-        warnings=all_warnings(feedings) if any(feedings) else sizes_assumed(opened),
+        warnings=input_warnings(*opened),
     )
 
 
@@ -157,8 +156,7 @@ def _gap(
             sums.add(expected, other)
     if not sums.tensors:
         return None, ""
-    found = sums
-    return OutputGap(found.relative, found.largest), ""
+    return OutputGap(sums.relative, sums.largest), ""
 
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:

@@ -29,7 +29,6 @@ from torch import nn
 import asymswap
 from asymswap import replacements
 from asymswap.api.benchmark import time_conversion
-from asymswap.api.drop import convert_within
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Clock, Converted, Session, check_finite
 from asymswap.calibration.agreement import MEASURED, Against, on_held_back
@@ -37,15 +36,14 @@ from asymswap.calibration.calibrate import PROBED, options_of, settle_for, some_
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
 from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of
-from asymswap.data.normalization import fed_of
-from asymswap.errors import AsymswapError, CheckpointError
+from asymswap.errors import AsymswapError, CheckpointError, PlanError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.measure.runtimes import RUNTIMES
 from asymswap.measure.timing import Timing
 from asymswap.models.converted import base_of, save_checkpoint, versions
-from asymswap.models.opened import sizes_assumed
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opened import input_warnings
+from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
 from asymswap.planning.plan import check_not_empty, plan_from_json
@@ -55,21 +53,22 @@ from asymswap.reporting.convert import check_suffix, report_text
 from asymswap.results import convert as results
 from asymswap.results.convert import Report
 from asymswap.results.records import read_provenance, read_report, to_json
-from asymswap.types import Cost, Keep, Plan, Shown, Site, Swap
+from asymswap.types import Cost, Keep, Plan, Site, Swap
 from asymswap.utils.files import check_output, write_file
 from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
 @dataclass
-class Conversion(Shown):
-    """A converted model, the plan that made it, and the report; `save` writes it."""
+class Conversion(Made):
+    """A converted model, and the report; `save` writes it."""
 
-    model: nn.Module
-    plan: Plan
     report: Report
-    header: Header
-    base: nn.Module | None = None  # the unconverted model, if only the user's code builds it
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that made it."""
+        return self.header.plans[-1]
 
 
 @shows_progress
@@ -98,7 +97,7 @@ def convert(
     model: Model,
     recipe: str | Path | None = None,
     *,
-    plan: Plan | str | bytes | Mapping[str, Any] | None = None,
+    plan: Plan | str | bytes | Path | Mapping[str, Any] | None = None,
     macs: float | None = None,
     params: float | None = None,
     latency: float | str | None = None,
@@ -117,7 +116,7 @@ def convert(
     seed: int = 0,
     progress: Shows = True,
 ) -> Conversion:
-    """Convert a model by a recipe, or by a plan (an object or its JSON), and measure what changed.
+    """Convert a model by a recipe, or by a plan (an object, its JSON or the path of a file), and measure what changed.
 
     `calibration` chooses ranks and weights on unlabelled images, far more accurately than by the weights alone; the
     processes of its team must make the same call, and get the same result. `evaluate` is a data reference, whose test
@@ -130,15 +129,24 @@ def convert(
     Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
     `allow_drift`.
     """
-    if (recipe is None) == (plan is None):
-        raise AsymswapError("convert takes either a recipe or a plan")
+    if recipe is not None and plan is not None:
+        raise AsymswapError("give either `recipe=…` or `plan=…`, not both")
+    if recipe is None and plan is None:
+        raise AsymswapError("give `recipe=…` or `plan=…`; `asymswap recipes` lists the recipes that come with asymswap")
     overrides = _with_budget(overrides, macs=macs, params=params, latency=latency, max_drop=max_drop)
     if plan is not None and overrides:
         raise AsymswapError("a plan is settled: `overrides=…` and budgets go with a recipe; edit the plan instead")
     requested: Recipe | Plan
     text, budget = "", None
     if recipe is None:
-        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, "the given plan")
+        where = "the given plan"
+        if isinstance(plan, Path):
+            where = str(plan)
+            try:
+                plan = plan.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise PlanError(f"cannot read the plan {where}: {getattr(error, 'strerror', None) or error}") from None
+        requested = plan if isinstance(plan, Plan) else plan_from_json(plan, where)
     else:
         text, where = read_recipe_text(str(recipe))
         requested = parse_recipe(text, where, overrides)
@@ -166,7 +174,7 @@ def convert(
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     clock = Clock(opened.seconds)
     check_finite(opened)
-    opened, feeding = settle_for(opened, calibration, evaluate)
+    opened = settle_for(opened, calibration, evaluate)
     evaluator = None if evaluate is None else evaluator_of(evaluate, opened, crop_border)
     clock.stop("load")
     session = Session(opened, calibration, clock)
@@ -189,7 +197,7 @@ def convert(
         session.gather(session.sites_of([requested]), classes, progress)
     kept, dropped, timed = None, None, None
     if drop is not None and judge is not None and before is not None and isinstance(requested, Recipe):
-        converted, kept, dropped = convert_within(session, requested, drop, judge, before, progress)
+        converted, kept, dropped = session.convert_within(requested, drop, judge, before, progress)
     else:
         settled, timed = session.plan(requested, progress, timing=timing if in_time else None)
         if isinstance(requested, Recipe):
@@ -218,8 +226,8 @@ def convert(
                 results.ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before.scores
             ]
             scores = results.AccuracyRow(evaluator.description, evaluator.images, tuple(changes), evaluator.note)
-            if calibrated is not None and session.held_back_are(evaluator.inputs):
-                calibrated = replace(calibrated, notes=(*calibrated.notes, SAME_IMAGES))
+            if calibrated is not None:
+                calibrated = replace(calibrated, notes=calibrated.notes + session.notes_on(evaluator))
             clock.stop("evaluate")
         return replace(
             report,
@@ -229,8 +237,8 @@ def convert(
             accuracy=scores,
             agreement=agreement,
             drop=dropped,
-            warnings=(*(sizes_assumed([opened]) if feeding is None else feeding.warnings), *report.warnings),
-            fed=fed_of(feeding),
+            warnings=(*input_warnings(opened), *report.warnings),
+            fed=opened.fed,
             seconds=clock.seconds,
         )
 
@@ -244,7 +252,7 @@ def convert(
         "report": to_json(replace(report, seconds={})),
     }
     header = replace(opened.header(), plans=(*opened.plans, converted.plan), provenance=provenance)
-    return Conversion(converted.model, converted.plan, report, header, base_of(opened))
+    return Conversion(converted.model, report, header, base_of(opened))
 
 
 def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | str | None) -> dict[str, Any]:
@@ -307,12 +315,9 @@ def _make_report(session: Session, converted: Converted, recipe: str, budget: st
     Raises AsymswapError where the converted model's output is not finite.
     """
     opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
-    gathered, calibrated, size = session.gathered, None, ""
-    if gathered is not None:
-        about, polished = gathered.summary, [str(converted.polished)] if converted.polished is not None else []
-        calibrated = results.CalibrationRow(
-            about.data, about.images, about.sha256, about.seed, converted.sequential, (*converted.notes, *polished)
-        )
+    gathered, calibrated, size = session.gathered, converted.calibration, ""
+    if calibrated is not None and converted.polished is not None:
+        calibrated = replace(calibrated, notes=(*calibrated.notes, str(converted.polished)))
     if gathered is not None and gathered.held_back is not None:
         inputs = samples_of(placed(opened.model, gathered.held_back.load(0)), 0, PROBED)
         probed = fmt.samples(samples_in(inputs), gathered.summary.data).replace("unlabelled ", "")
@@ -361,8 +366,6 @@ def _make_report(session: Session, converted: Converted, recipe: str, budget: st
         files=() if opened.file is None else (results.FileRow(str(opened.file), opened.file.stat().st_size),),
     )
 
-
-SAME_IMAGES = "calibrated and evaluated on the same images: the accuracy is too good to be trusted"
 
 _PROMISED = 1e-4
 """Relative change of an output up to which it counts as preserved, or 8 steps of a coarser dtype."""

@@ -23,10 +23,10 @@ from asymswap.data.metrics import (
     known_classes,
     paired_kind,
 )
-from asymswap.data.normalization import Feeding, all_warnings, fed_of, settle
+from asymswap.data.normalization import settle
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
-from asymswap.models.opened import OpenedModel, sizes_assumed
+from asymswap.models.opened import OpenedModel, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results import evaluate as results
@@ -75,7 +75,7 @@ def evaluate(
     opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
     if against_original and (part != "test" or crop_border):
         raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
-    opened, feedings, evaluators = settle_each(opened, data, against_original, part, download)
+    opened, evaluators = settle_each(opened, data, against_original, part, download)
     for one in opened if not evaluators else ():
         if isinstance(data, str) and paired_kind(data) is None and not crop_border:
             if part == "test" or (part == "train" and validation is None):
@@ -95,7 +95,7 @@ def evaluate(
     rows: list[results.ModelScores] = []
     notes: list[str] = []
     first: Predictions | None = None
-    for one, feeding, evaluator in zip(opened, feedings, evaluators, strict=True):
+    for one, evaluator in zip(opened, evaluators, strict=True):
         stage = "evaluating" if len(opened) == 1 else f"evaluating {len(rows) + 1} of {len(opened)}"
         # A module of the caller's stays where it is.
         placed = one.model
@@ -104,7 +104,7 @@ def evaluate(
         step = functools.partial(progress, stage)
         try:
             if not isinstance(evaluator, Labelled):
-                rows.append(results.ModelScores(one.reference, evaluator(placed, step), fed=fed_of(feeding)))
+                rows.append(results.ModelScores(one.reference, evaluator(placed, step), fed=one.fed))
                 check_same(rows[0].scores, rows[-1].scores)
                 notes += [evaluator.note] if evaluator.note else []
                 continue
@@ -136,7 +136,7 @@ def evaluate(
             confusions=tuple(results.ConfusionRow(names[of], names[as_], n) for (of, as_), n in most_confused),
             against_first=against,
         )
-        rows.append(results.ModelScores(one.reference, found.named, about, fed_of(feeding)))
+        rows.append(results.ModelScores(one.reference, found.named, about, one.fed))
         if found.scores != evaluator.classes:
             notes.append(
                 f"the data has {evaluator.classes} classes, {one.reference} scores {found.scores}: do they agree?"
@@ -156,7 +156,7 @@ def evaluate(
         device=str(place),
         models=tuple(rows),
         notes=tuple(dict.fromkeys(notes)),
-        warnings=all_warnings(feedings) if any(feedings) else sizes_assumed(opened),
+        warnings=input_warnings(*opened),
     )
 
 
@@ -170,12 +170,10 @@ def against_first(labels: Tensor, first: Tensor, other: Tensor) -> results.Again
 
 def settle_each(
     opened: Sequence[OpenedModel], data: Any, against_original: bool, part: str = "test", download: bool = False
-) -> tuple[list[OpenedModel], list[Feeding | None], list[Evaluator]]:
+) -> tuple[list[OpenedModel], list[Evaluator]]:
     """Return models with their preprocessing settled on the data, and what compares each with the first if asked."""
     if against_original:
-        models, feedings, evaluators = Against.first_of(opened, data)
-        return models, feedings, [*evaluators]
+        return Against.first_of(opened, data)
     if not isinstance(data, str):
-        return [*opened], [None] * len(opened), []
-    settled = [settle(one, data, "test" if part == "test" else "train", download) for one in opened]
-    return [one for one, _ in settled], [feeding for _, feeding in settled], []
+        return [*opened], []
+    return [settle(one, data, "test" if part == "test" else "train", download) for one in opened], []

@@ -19,7 +19,7 @@ from asymswap.checkpoint import save_state
 from asymswap.errors import AsymswapError, OutputError, check_choice
 from asymswap.measure import runtimes
 from asymswap.models.converted import original_of
-from asymswap.models.opened import OpenedModel
+from asymswap.models.opened import OpenedModel, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.fuse import fuse_model
 from asymswap.results.convert import Check, ExportReport, FileRow
@@ -107,7 +107,7 @@ def export(
         opset=runtimes.OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
-        warnings=opened.size_warning(),
+        warnings=input_warnings(opened),
     )
 
 

@@ -20,13 +20,13 @@ from asymswap.checkpoint import Header, check_suffix
 from asymswap.data import batches
 from asymswap.data.datasets import LabelledImages, image_transform, open_parts, own_samples
 from asymswap.data.metrics import EvaluatedBy, check_class_names, check_classifier, known_classes
-from asymswap.data.normalization import Feeding, fed_of, settle
+from asymswap.data.normalization import settle
 from asymswap.errors import AsymswapError
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import load_state_
 from asymswap.models.converted import base_of, save_checkpoint, versions
 from asymswap.models.opened import OpenedModel
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
@@ -36,7 +36,6 @@ from asymswap.training.distillation import ORIGINAL, Teacher, find_teacher
 from asymswap.training.objective import Objective, Validator, by_labels, by_loss, by_user
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
-from asymswap.types import Shown
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
 from asymswap.utils.inputs import placed
@@ -46,13 +45,10 @@ _NOT_VALIDATED = "the last weights are kept: to keep the best give `evaluate=…
 
 
 @dataclass
-class FineTuned(Shown):
+class FineTuned(Made):
     """The fine-tuned model, in eval mode, with the report and the header for its checkpoint."""
 
-    model: nn.Module
     report: TrainingReport
-    header: Header
-    base: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -135,17 +131,18 @@ def finetune(
     if evaluate is not None and settings.validation is not None:
         raise AsymswapError(f"give either `evaluate=…` or `validation={settings.validation}`")
     held_back = settings.validation if evaluate is None else "none"
-    feeding: Feeding | None = None
     if isinstance(data, str | Path):
         data = str(data)
         if download:
             # The first process alone downloads, which settling and opening the parts then find.
             team.first(lambda: settle(opened, data, "train", download=True))
-        opened, feeding = settle(opened, data, "train")
+        opened = settle(opened, data, "train")
     if isinstance(data, str | torch.Tensor | Dataset) and not isinstance(data, IterableDataset):
-        settings, material = _samples(opened, data, settings, held_back, loss, inputs, team, download)
+        settings, material = _samples(opened, data, settings, held_back, loss is not None, team, download)
     else:
         material = _batches(data, settings, held_back, team)
+    if material.labels and inputs is not None:
+        raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
     if loss is None and settings.distill is None and not material.labels:
         raise AsymswapError(
             f"nothing says what to learn from {material.data}: give `loss=…`, a function of the outputs and the batch, "
@@ -156,7 +153,10 @@ def finetune(
         beside = None if opened.file is None else opened.file.parent
         named = settings.distill if teacher is None else teacher
         taught = find_teacher(opened.header(), named, opened.model, beside)
-    identity = settings.identity() | {"augment": list(material.presets), "data": data if feeding else material.data}
+    identity = settings.identity() | {
+        "augment": list(material.presets),
+        "data": data if isinstance(data, str) else material.data,
+    }
     identity |= {"images": material.source.count, "checkpoint": opened.sha256, "processes": team.size}
     for name, function in {"inputs": inputs, "loss": loss, "evaluate": evaluate}.items():
         if function is not None:
@@ -252,21 +252,14 @@ def finetune(
         files=tuple(FileRow(str(path), path.stat().st_size) for path in dict.fromkeys(files)),
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
-        fed=fed_of(feeding),
-        warnings=() if feeding is None else feeding.warnings,
+        fed=opened.fed,
+        warnings=opened.fed_warnings,
     )
     return FineTuned(result, report, header(progress), base_of(opened))
 
 
 def _samples(
-    opened: OpenedModel,
-    data: Any,
-    settings: Training,
-    validation: str | None,
-    loss: Callable[[Any, Any], Any] | None,
-    inputs: Callable[[Any], Any] | None,
-    team: Team,
-    download: bool,
+    opened: OpenedModel, data: Any, settings: Training, validation: str | None, own_loss: bool, team: Team, fetch: bool
 ) -> tuple[Training, _Material]:
     """Open images, with labels for a classifier alone, or samples of the user's, which are taken as they are."""
     distills, named = settings.distill is not None, isinstance(data, str)
@@ -275,10 +268,10 @@ def _samples(
         data = own_samples(data, opened.preprocessing)
 
     images = partial(open_parts, data, opened.preprocessing, validation, settings.seed)
-    if download:
+    if fetch:
         team.first(lambda: len(images(download=True, unlabelled=False)[0]))
-    train, held = images(unlabelled=distills or loss is not None)
-    labels = loss is None and bool(train.classes)
+    train, held = images(unlabelled=distills or own_loss)
+    labels = not own_loss and bool(train.classes)
     if labels and distills:
         # They are learned where the model gives class scores for an image.
         known = opened.preprocessing
@@ -289,8 +282,6 @@ def _samples(
         images(unlabelled=False)  # which checks the classes
         check_class_names(known_classes(opened), train)
         check_classifier(opened.model, train, exact=True)
-        if inputs is not None:
-            raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
         settings = replace(settings, workers=0 if train.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))

@@ -7,34 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.calibration.calibrate import some_inputs
-from asymswap.checkpoint import Header, save_state
-from asymswap.data.normalization import fed_of, settle
+from asymswap.checkpoint import save_state
+from asymswap.data.normalization import settle
 from asymswap.errors import AsymswapError
 from asymswap.graph.trace import trace
 from asymswap.measure.fidelity import compare_outputs, compared_parts
 from asymswap.measure.macs import count_costs
 from asymswap.models.converted import base_of, original_of, save_checkpoint
-from asymswap.models.opening import Model, open_for_verb
+from asymswap.models.opened import input_warnings
+from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import fuse_model
 from asymswap.results.convert import FileRow, FusionReport
 from asymswap.results.records import plain
-from asymswap.types import Shown
 from asymswap.utils.files import check_output
 
 
 @dataclass
-class Fusion(Shown):
+class Fusion(Made):
     """A model whose replacements have been fused, and the report; `save_fused` writes it."""
 
-    model: nn.Module
     report: FusionReport
-    header: Header
-    base: nn.Module | None = None
 
 
 @shows_progress
@@ -61,9 +57,8 @@ def fuse(
     original = original_of(opened)
     if converted.training:
         raise AsymswapError("fusing needs the statistics of eval mode: call model.eval() before")
-    feeding = None
     if data is not None:
-        opened, feeding = settle(opened, data, "test")
+        opened = settle(opened, data, "test")
     inputs, about = some_inputs(data, opened, seed)
     options: dict[str, Any] = {"separable": separable, "max_offset": max_offset, "inputs": inputs}
     fused = fuse_model(converted, original, opened.plans, progress, **options)
@@ -85,8 +80,8 @@ def fuse(
         largest=gap.largest,
         probe=about,
         as_original=not fused.plans,
-        fed=fed_of(feeding),
-        warnings=opened.size_warning() if feeding is None else feeding.warnings,
+        fed=opened.fed,
+        warnings=input_warnings(opened),
     )
     provenance = {**opened.provenance, "fused": plain(report)}
     header = replace(opened.header(), plans=fused.plans, provenance=provenance)

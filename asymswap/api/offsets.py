@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from asymswap import replacements
 from asymswap.calibration.calibrate import some_inputs
-from asymswap.data.normalization import fed_of, settle
+from asymswap.data.normalization import settle
 from asymswap.errors import AsymswapError
+from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.fuse import read_taps
@@ -29,17 +30,17 @@ def offsets(
     AsymswapError where no layer has taps that move.
     """
     opened = open_for_verb(model, preprocessing=preprocessing)
-    label, feeding = opened.reference, None
     if data is not None:
-        opened, feeding = settle(opened, data, "test")
+        opened = settle(opened, data, "test")
     inputs, about = some_inputs(data, opened, seed)
     rows = read_offsets(opened.model, opened.plans, inputs)
     if not rows:
         kinds = {name: type(replacements.load(name)) for name in replacements.names()}
         moving = [name for name, kind in kinds.items() if kind.tap_offsets is not replacements.Replacement.tap_offsets]
-        raise AsymswapError(f"{label} has no layer whose taps move; the kinds {', '.join(moving)} have such taps")
-    warnings = opened.size_warning() if feeding is None else feeding.warnings
-    return OffsetReport(label, rows, about, fed_of(feeding), warnings)
+        raise AsymswapError(
+            f"{opened.reference} has no layer whose taps move; the kinds {', '.join(moving)} have such taps"
+        )
+    return OffsetReport(opened.reference, rows, about, opened.fed, input_warnings(opened))
 
 
 def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tuple[OffsetRow, ...]:

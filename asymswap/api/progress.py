@@ -84,10 +84,38 @@ def training(quiet: bool = False, say: Callable[[str], str] = str) -> Iterator[C
     """Show a training run on stderr: a line an epoch, put by `say`, and in a terminal a live one for the steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from asymswap.reporting.screens import epoch_line, step_words, validation_words
+
+    def tell(text: str) -> None:
+        if not quiet:
+            # Through a pipe a line stays a line, however long it is.
+            live.console.print(say(text), highlight=False, markup=False, soft_wrap=True)
+
+    class Shown(Callback):
+        epochs = 0
+
+        def begin(self, start: RunStart) -> None:
+            self.epochs = start.epochs
+            live.update(task, description="epoch 1", completed=start.done, total=start.steps)
+            if start.note:
+                tell(start.note)
+            if start.done:
+                tell(f"resumed after {start.done} of {start.steps} steps")
+            elif start.before is not None:
+                tell(f"before: validation {validation_words(start.before, loss=True)}")
+
+        def step(self, row: StepRow) -> None:
+            text = f"epoch {row.epoch}/{self.epochs}"
+            live.update(task, description=text, completed=row.step, words=step_words(row))
+
+        def epoch(self, row: EpochRow) -> None:
+            tell(epoch_line(row, self.epochs))
+
     name, words = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[words]"))
     bar, numbers = BarColumn(bar_width=12), MofNCompleteColumn()
     with Progress(name, bar, numbers, words, TimeRemainingColumn(), **_live(quiet)) as live:
-        yield _Shown(live, quiet, say)
+        task = live.add_task("loading", total=None, words="")
+        yield Shown()
 
 
 def _live(quiet: bool) -> dict[str, Any]:
@@ -99,42 +127,3 @@ def _live(quiet: bool) -> dict[str, Any]:
         screen = plain_console(stderr=True, force_jupyter=False, force_terminal=True)
     # What a metric prints must not go to stderr where only stdout is a file.
     return {"console": screen, "transient": True, "disable": quiet or not seen, "redirect_stdout": sys.stdout.isatty()}
-
-
-class _Shown(Callback):
-    """Shows a training run."""
-
-    def __init__(self, live: Any, quiet: bool, say: Callable[[str], str]) -> None:
-        self._live, self._quiet, self._put, self._epochs = live, quiet, say, 0
-        self._task = live.add_task("loading", total=None, words="")
-
-    def begin(self, start: RunStart) -> None:
-        """Say how long it will be, and where it begins."""
-        self._epochs = start.epochs
-        self._live.update(self._task, description="epoch 1", completed=start.done, total=start.steps)
-        if start.note:
-            self._say(start.note)
-        if start.done:
-            self._say(f"resumed after {start.done} of {start.steps} steps")
-        elif start.before is not None:
-            from asymswap.reporting.screens import validation_words
-
-            self._say(f"before: validation {validation_words(start.before, loss=True)}")
-
-    def step(self, row: StepRow) -> None:
-        """Move the bar."""
-        from asymswap.reporting.screens import step_words
-
-        text = f"epoch {row.epoch}/{self._epochs}"
-        self._live.update(self._task, description=text, completed=row.step, words=step_words(row))
-
-    def epoch(self, row: EpochRow) -> None:
-        """Add a line."""
-        from asymswap.reporting.screens import epoch_line
-
-        self._say(epoch_line(row, self._epochs))
-
-    def _say(self, text: str) -> None:
-        if not self._quiet:
-            # Through a pipe a line stays a line, however long it is.
-            self._live.console.print(self._put(text), highlight=False, markup=False, soft_wrap=True)

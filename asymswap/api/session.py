@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,18 +15,30 @@ from asymswap.calibration.agreement import Against
 from asymswap.calibration.calibrate import UNSEEN, Gathered, convert_on, gather_statistics, in_own_precision, polish
 from asymswap.calibration.config import Calibration, OutputKind
 from asymswap.calibration.polish import Polished
+from asymswap.data.metrics import Evaluator, Measured, check_same
 from asymswap.errors import AsymswapError, RecipeError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import check_runs, trace
 from asymswap.measure.fidelity import check_stand_ins, describe_calls
 from asymswap.measure.macs import Costs, count_costs, count_swapped
+from asymswap.measure.statistics import mean_interval
 from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, costs_of
 from asymswap.planning.apply import apply_plan
+from asymswap.planning.drop_budget import Drop, Search
 from asymswap.planning.latency_budget import plan_in_time
-from asymswap.planning.plan import Choices, check_replay, choose, counted_costs, find_choices, matched_sites
+from asymswap.planning.plan import (
+    Choices,
+    check_not_empty,
+    check_replay,
+    choose,
+    counted_costs,
+    find_choices,
+    matched_sites,
+)
 from asymswap.planning.recipe import Budget, Recipe
-from asymswap.results.convert import LatencyRow
+from asymswap.reporting import format as fmt
+from asymswap.results.convert import CalibrationRow, DropRow, LatencyRow
 from asymswap.types import Plan, Progress, Site, Swap, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.inputs import portions
@@ -33,6 +46,7 @@ from asymswap.utils.tensors import eval_mode, first_not_finite
 
 _LEAST = 1e-3  # how near to the least fraction of the MACs
 _STEPS = 40  # fractions at which plans are made, to see what they predict
+_POLISHED = 3  # networks polished to keep a `max_drop`, at most: each takes minutes
 
 
 class Clock:
@@ -51,14 +65,13 @@ class Clock:
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted model, its plan and costs; `sequential`: it was solved layer by layer, as the `notes` say."""
+    """A converted model, its plan and costs, and what it was calibrated on."""
 
     model: nn.Module
     plan: Plan
     costs: Costs
-    sequential: bool = False
+    calibration: CalibrationRow | None = None
     polished: Polished | None = None
-    notes: tuple[str, ...] = ()
 
 
 class Session:
@@ -106,10 +119,11 @@ class Session:
         kind: OutputKind = "scores" if gathered.summary.outputs.startswith("class scores") else "values"
         return Against(self.opened, calibration, self.traced, kind)
 
-    def held_back_are(self, inputs: str) -> bool:
-        """Return True if the inputs of this description are those that are held back."""
+    def notes_on(self, evaluator: Evaluator) -> tuple[str, ...]:
+        """Warn where scores are of the images that the session is calibrated on."""
         held_back = None if self.gathered is None else self.gathered.held_back
-        return held_back is not None and held_back.description == inputs
+        same = held_back is not None and held_back.description == evaluator.inputs
+        return ("calibrated and evaluated on the same images: the accuracy is too good to be trusted",) if same else ()
 
     def plan(
         self,
@@ -184,11 +198,10 @@ class Session:
         # Each conversion has notes of its own.
         gathered = None if gathered is None else replace(gathered, notes=[*gathered.notes])
         self.check_replaceable([name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None])
-        trained = None
+        row = trained = None
         if gathered is None or calibration is None:
             # If nobody else holds the original, unchanged weights need not be held twice.
             converted = apply_plan(opened.model, plan, progress, share=opened.may_share)
-            sequential = False
             self.clock.stop("convert")
         else:
             converted, sequential = convert_on(self.traced, plan, gathered, calibration, progress)
@@ -198,6 +211,8 @@ class Session:
                 self.team.follow_(converted)
                 self.clock.stop("polish")
             converted = in_own_precision(opened, plan, converted, gathered)
+            on = gathered.summary
+            row = CalibrationRow(on.data, on.images, on.sha256, on.seed, sequential, tuple(gathered.notes))
         found = first_not_finite(converted)
         if found is not None and first_not_finite(opened.model) is None:
             raise AsymswapError(
@@ -217,7 +232,87 @@ class Session:
             change = describe_calls(site.name, costs.calls[site.name], site.calls)
             if change is not None:
                 raise AsymswapError(f"in the converted model {change}; keep that conv by a rule with keep = true")
-        return Converted(converted, plan, costs, sequential, trained, () if gathered is None else tuple(gathered.notes))
+        return Converted(converted, plan, costs, row, trained)
+
+    def convert_within(
+        self, recipe: Recipe, drop: Drop, evaluator: Evaluator, before: Measured, progress: Progress
+    ) -> tuple[Converted, Measured, DropRow]:
+        """Return the smallest network whose loss is at most `drop`, with its scores and what the report says of it.
+
+        `before` is what the original measured.
+        With polish a first search, without it, says where to begin; then up to three networks are polished. Raises
+        RecipeError where every network that swaps anything loses more.
+        """
+        first = before.scores[0]
+        allowed = drop.allowed(first)
+        curve = self.team.first(partial(self.curve, recipe, progress))
+        if not curve:
+            check_not_empty(self.plan(recipe, progress, Budget.model_validate({"macs": 1.0}))[0], recipe)
+        fractions, predicted = zip(*curve, strict=True)
+        # A share of images moves by one of them.
+        grain = 1 / evaluator.images if first.unit == "%" and evaluator.images else 0.0
+        polishes = self.calibration is not None and self.calibration.polishes
+        search = Search(fractions, predicted, allowed, grain=grain)
+        kept, solves = None, 0
+        for polished in (False, True) if polishes else (False,):
+            if polished:
+                start = fractions[-1] if search.best is None else search.best[0]
+                slope = search.slope
+                search = Search(
+                    fractions, predicted, allowed, grain=grain, start=start, first_slope=slope, tries=_POLISHED
+                )
+            while (fraction := search.next()) is not None:
+                solves += 1
+                place = f"try {solves}, {fraction:.2f} of the MACs: "
+
+                def step(stage: str, done: int, total: int, place: str = place) -> None:
+                    progress(place + stage, done, total)
+
+                plan, _ = self.plan(recipe, step, Budget.model_validate({"macs": fraction}))
+                converted = self.apply(plan, step, polished)
+                after = self.team.first(partial(evaluator.measured, converted.model, partial(step, "measuring")))
+                self.clock.stop("measure")
+                check_same(before.scores, after.scores)
+                lost, interval = _lost(before, after)
+                search.add(fraction, lost)
+                if search.best == (fraction, lost):
+                    kept = converted, after, lost, interval, fraction <= fractions[0]
+        if kept is None:
+            share, least = min(search.tried, key=lambda one: one[1])
+            raise RecipeError(
+                f"the budget of {recipe.budget} cannot be kept: at {share:.3f} of the MACs {fmt.lost(least, first)} of "
+                f"{first.name} are lost; allow more" + ("" if polishes else ", or polish")
+            )
+        converted, after, lost, interval, smallest = kept
+        row = DropRow(
+            score=first.name,
+            unit=first.unit,
+            lower_is_better=first.lower_is_better,
+            allowed=allowed,
+            lost=lost,
+            interval=interval,
+            data=evaluator.description,
+            samples=evaluator.images,
+            share=converted.costs.total.macs / self.costs.total.macs,
+            solves=solves,
+            smallest=smallest,
+        )
+        return converted, after, row
+
+
+def _lost(before: Measured, after: Measured) -> tuple[float, tuple[float, float] | None]:
+    """Return how much of the first score is lost, with its 95 % interval where there is one."""
+    first, now = before.scores[0], next(one for one in after.scores if one.name == before.scores[0].name)
+    sign = -1 if first.lower_is_better else 1
+    lost = sign * (first.value - now.value)
+    if before.each and len(before.each) == len(after.each):
+        changes = [sign * (one - other) for one, other in zip(before.each, after.each, strict=True)]
+        # Of images that are right or wrong, one more of each kind of change: Bonett and Price (2012).
+        return lost, mean_interval([*changes, -1.0, 1.0] if first.unit == "%" else changes)
+    if now.interval is not None:
+        low, high = now.interval
+        return lost, (first.value - high, first.value - low)
+    return lost, None
 
 
 def check_finite(opened: OpenedModel, done: str = "converted") -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from asymswap.api.convert import SAME_IMAGES
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session, check_finite
 from asymswap.calibration.agreement import on_held_back
@@ -18,10 +17,9 @@ from asymswap.calibration.calibrate import options_of, settle_for
 from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
 from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
-from asymswap.data.normalization import fed_of
 from asymswap.errors import AsymswapError, RecipeError, check_choice
 from asymswap.measure.timing import Timing
-from asymswap.models.opened import sizes_assumed
+from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
@@ -77,7 +75,7 @@ def sweep(
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     check_finite(opened)
-    opened, feeding = settle_for(opened, calibration, data)
+    opened = settle_for(opened, calibration, data)
     # Before the model runs: a mistake in the data is not to be hidden by one in its input.
     evaluator = None if data is None else evaluator_of(data, opened, crop_border)
     if evaluator is None and (calibration is None or calibration.data is None):
@@ -113,8 +111,7 @@ def sweep(
     if tolerance is None:
         tolerance = TOLERANCES.get(known.first.unit, abs(known.first.value) / 100)
     tolerated = Drop.parse(tolerance).allowed(known.first)
-    warnings = sizes_assumed([opened]) if feeding is None else feeding.warnings
-    result = replace(known, tolerance=tolerated, warnings=warnings, fed=fed_of(feeding))
+    result = replace(known, tolerance=tolerated, warnings=input_warnings(opened), fed=opened.fed)
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = [(name, budget) for name in parsed for budget in budgets if (name, budget) not in done]
     sites = session.sites_of([parsed[name] for name in dict.fromkeys(name for name, _ in lacking)])
@@ -124,7 +121,13 @@ def sweep(
         if calibration is not None:
             session.gather(sites, evaluator.classes, progress)
     seconds: list[float] = []
-    notes: dict[str, None] = dict.fromkeys(() if session.gathered is None else session.gathered.notes)
+    notes = {"not calibrated: ranks and weights were chosen by the weights alone": None}
+    if session.gathered is not None and calibration is not None:
+        summary = session.gathered.summary
+        notes = {f"calibrated on {fmt.samples(summary.images, summary.data)} (seed {summary.seed})": None}
+        if calibration.polishes:
+            notes[f"then polished on up to {calibration.polish_images} of them"] = None
+        notes |= dict.fromkeys([*session.notes_on(evaluator), *session.gathered.notes])
     for name, fraction in lacking:
         place = f"{fraction:g} ({len(seconds) + 1} of {len(lacking)}"
         if seconds:
@@ -146,7 +149,7 @@ def sweep(
             point = Point(name, fraction, failed=str(error))
         else:
             converted = session.apply(plan, step)
-            notes |= dict.fromkeys(converted.notes)
+            notes |= dict.fromkeys(() if converted.calibration is None else converted.calibration.notes)
             # An older sweep knows top-1 alone.
             known_names = {score.name for score in result.scores}
             found = [
@@ -159,7 +162,7 @@ def sweep(
                 point = replace(point, time=timed.times[0].ratio.value)
         seconds.append(time.perf_counter() - start)
         point = replace(point, seconds=round(seconds[-1], 2))
-        result = replace(result.with_point(point), notes=_notes(session, evaluator, notes))
+        result = replace(result.with_point(point), notes=(*notes, *filter(None, [evaluator.note])))
         on_point(result)
     return result
 
@@ -186,18 +189,3 @@ def _setting(session: Session, evaluator: Evaluator, recipes: Mapping[str, tuple
         "calibration": calibrated,
         "recipes": {name: hashlib.sha256(text.encode()).hexdigest() for name, (text, _) in recipes.items()},
     }
-
-
-def _notes(session: Session, evaluator: Evaluator, found: Iterable[str]) -> tuple[str, ...]:
-    """Return how the sweep was calibrated, and what to know of the scores."""
-    note = (evaluator.note,) if evaluator.note else ()
-    gathered, calibration = session.gathered, session.calibration
-    if gathered is None or calibration is None:
-        return ("not calibrated: ranks and weights were chosen by the weights alone", *note)
-    summary = gathered.summary
-    notes = [f"calibrated on {fmt.samples(summary.images, summary.data)} (seed {summary.seed})"]
-    if calibration.polishes:
-        notes.append(f"then polished on up to {calibration.polish_images} of them")
-    if session.held_back_are(evaluator.inputs):
-        notes.append(SAME_IMAGES)
-    return (*notes, *found, *note)

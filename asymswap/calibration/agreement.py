@@ -21,7 +21,6 @@ from asymswap.calibration.gather import output_kind
 from asymswap.data.datasets import paired_files
 from asymswap.data.inputs import Batches, held_back_of, open_inputs, settle_on
 from asymswap.data.metrics import Evaluator, Measured, Pairs, Steps, paired_kind, psnr
-from asymswap.data.normalization import Feeding
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.graph.trace import Trace
 from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
@@ -56,17 +55,14 @@ class Against(Evaluator):
         return other
 
     @staticmethod
-    def first_of(
-        opened: Sequence[OpenedModel], data: Any
-    ) -> tuple[list[OpenedModel], list[Feeding | None], list[Against]]:
+    def first_of(opened: Sequence[OpenedModel], data: Any) -> tuple[list[OpenedModel], list[Evaluator]]:
         """Return opened models with their preprocessing settled on the data, and what compares each with the first."""
         if len(opened) < 2:
             raise AsymswapError("there is nothing to agree with: give the original first, then the models to compare")
         calibration = data if isinstance(data, Calibration) else Calibration(data)
-        settled = [settle_on(one, calibration.given()) for one in opened]
-        first = Against(settled[0][0], calibration)
-        models = [one for one, _ in settled]
-        return models, [feeding for _, feeding in settled], [first, *map(first.of, models[1:])]
+        models = [settle_on(one, calibration.given()) for one in opened]
+        first = Against(models[0], calibration)
+        return models, [first, *map(first.of, models[1:])]
 
     def agreement(self, model: nn.Module, progress: Steps) -> Agreement:
         """Return how far a model agrees with the first one."""

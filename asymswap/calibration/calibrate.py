@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from asymswap.calibration.polish import Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
 from asymswap.data.datasets import open_data
 from asymswap.data.inputs import Batches, open_inputs, settle_on
-from asymswap.data.normalization import Feeding
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.surgery import swap
@@ -53,13 +53,11 @@ def options_of(given: PreprocessingOptions | None, calibration: Calibration | No
     return given or own
 
 
-def settle_for(
-    opened: OpenedModel, calibration: Calibration | None, evaluate: object
-) -> tuple[OpenedModel, Feeding | None]:
-    """Return the model with its preprocessing settled on calibration data, else on a data reference to evaluate on."""
+def settle_for(opened: OpenedModel, calibration: Calibration | None, evaluate: Any) -> OpenedModel:
+    """Return an opened model with its preprocessing settled on what it is calibrated on, or else evaluated on."""
     if calibration is not None and calibration.data is not None:
         return settle_on(opened, calibration.given())
-    return settle_on(opened, UserData(evaluate), "test") if isinstance(evaluate, str) else (opened, None)
+    return settle_on(opened, UserData(evaluate), "test") if isinstance(evaluate, str) else opened
 
 
 @dataclass

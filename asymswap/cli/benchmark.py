@@ -33,11 +33,9 @@ def benchmark(
     rounds: int = option(20, "Maximum number of rounds, in which all take turns.", _TIME, min=1),
     seconds: float = option(60.0, "Time limit in seconds; at least five rounds are run.", _TIME, min=0.1),
     layers: int = option(5, "Number of layers to show, those that differ most; 0: time none.", _TIME, min=0),
-    markdown: bool = o.MARKDOWN,
-    common: o.Common = o.WITHOUT_IMAGES,
+    common: o.Common = o.BESIDE_WITHOUT_IMAGES,
 ) -> None:
     """Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime openvino --batch 1,8"""
-    common.check_form(markdown)
     batches = o.parse_numbers("--batch", batch, _COUNTS, int)
     counts = o.parse_numbers("--threads", threads, _COUNTS, int)
     with common.progress() as step:
@@ -56,4 +54,4 @@ def benchmark(
             layers=layers > 0,
             progress=step,
         )
-    common.show(found, partial(benchmark_view, layers=layers), markdown)
+    common.show(found, partial(benchmark_view, layers=layers))

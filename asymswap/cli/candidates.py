@@ -27,8 +27,7 @@ def candidates(
         import asymswap
         from asymswap.reporting.candidates import draw
 
-        o.check_recipe(recipe)
-        found = asymswap.candidates(common.open_model(model, step), recipe=recipe, progress=step)
+        found = asymswap.candidates(common.model(model, step), recipe=recipe, progress=step)
     if plot is not None:
         write_file(plot, draw(found, plot.suffix[1:]))
     common.show(found)

@@ -17,24 +17,21 @@ def compare(
     data: str | None = option(
         None, f"Compare outputs and scores on {d.EVALUATION_FORMS}", _OUTPUTS, shown="outputs on random images"
     ),
-    measured: Any = d.MEASURED,
-    against_original: bool = d.AGAINST_ORIGINAL,
+    measured: Any = d.COMPARED,
     unlabelled: Any = d.UNLABELLED,
     images: int | None = option(None, "Number of labelled images.", _OUTPUTS, shown="all"),
     seed: int = option(0, "Seed for choosing images.", _OUTPUTS),
     latency: bool = option(True, "Time all models in turn.", "Time"),
     timing: Any = o.TIMING,
-    markdown: bool = o.MARKDOWN,
-    common: o.Common = o.COMMON,
+    common: o.Common = o.BESIDE,
 ) -> None:
     """Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits"""
-    common.check_form(markdown)
     with common.progress() as step:
         from asymswap.api.compare import compare as beside
 
         common.check_images(data)
-        by, how = d.compared_by(data, measured, against_original, unlabelled, common.task)
+        by, how = d.compared_by(data, measured, unlabelled, common.task)
         timing = (timing or Timing()) if latency else None
         opened = common.open_models(models, step)
         found = beside(opened, data=by, images=images, timing=timing, seed=seed, progress=step, **how)
-    common.show(found, markdown=markdown)
+    common.show(found)

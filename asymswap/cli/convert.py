@@ -13,9 +13,9 @@ from asymswap.api.progress import bars
 from asymswap.cli import data as d
 from asymswap.cli import options as o
 from asymswap.cli.failures import in_flags
-from asymswap.errors import AsymswapError, OutputError, PlanError
+from asymswap.errors import OutputError
 from asymswap.utils.distributed import joined
-from asymswap.utils.files import check_distinct, check_output
+from asymswap.utils.files import check_distinct, check_output, write_file
 from asymswap.utils.options import option
 
 _CHANGE = "What to do"
@@ -58,51 +58,33 @@ def convert(
     common: o.Common = o.COMMON,
 ) -> None:
     """Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only"""
-    from asymswap.reporting.convert import check_suffix
-    from asymswap.utils.files import write_file
+    from asymswap.reporting.convert import check_suffix as check_report
 
     target = output or o.default_output(model)
-    if recipe is not None and plan is not None:
-        raise AsymswapError("give either --recipe or --plan, not both")
-    if recipe is None and plan is None:
-        raise AsymswapError("give --recipe or --plan; `asymswap recipes` lists the recipes that come with asymswap")
     written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
     for path in written.values():
         if path is not None:
             check_output(path, force)
     if report is not None:
-        check_suffix(report)
-    check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration["cache"]})
-    budgets = {"macs": macs, "params": params, "latency": latency, "max_drop": max_drop}
-    given = {f"budget.{name}": value for name, value in budgets.items() if value is not None}
-    if len(given) > 1:
-        raise AsymswapError("a budget is one of --macs, --params, --latency and --max-drop; give one of them")
-    overrides = o.parse_pairs("--set", settings) | given
-    if plan is not None and overrides:
-        raise AsymswapError("a plan is settled: --set and budgets go with --recipe; edit the plan instead")
-
+        check_report(report)
+    check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration.get("cache")})
     with joined() as team, bars(common.quiet or not team.leads) as step:
         import asymswap
         from asymswap.checkpoint import check_suffix
+        from asymswap.planning.plan import plan_text
 
         if not dry_run:
             check_suffix(target)
-        # Report mistakes in small files before a large model is read.
-        o.check_recipe(recipe, overrides)
         by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
-        replayed = None
-        if plan is not None:
-            from asymswap.planning.plan import plan_from_json
-
-            try:
-                replayed = plan_from_json(plan.read_text(encoding="utf-8"), str(plan))
-            except (OSError, UnicodeDecodeError) as error:
-                raise PlanError(f"cannot read the plan {plan}: {getattr(error, 'strerror', None) or error}") from None
         conversion = asymswap.convert(
-            common.open_model(model, step),
+            common.model(model, step),
             recipe,
-            plan=replayed,
-            overrides=overrides,
+            plan=plan,
+            macs=macs,
+            params=params,
+            latency=latency,
+            max_drop=max_drop,
+            overrides=o.parse_pairs("--set", settings),
             calibration=d.calibration_of(calibration, seed, team, common.task),
             evaluate=by,
             time=time or None,
@@ -122,8 +104,6 @@ def convert(
     conversion.report = in_flags(conversion.report)
     try:
         if write_plan is not None:
-            from asymswap.planning.plan import plan_text
-
             write_file(write_plan, plan_text(conversion.plan))
         if report is not None:
             asymswap.write_report(conversion, report, force=force)

@@ -12,8 +12,7 @@ from asymswap.utils.options import option
 def evaluate(
     models: o.Models,
     data: str | None = option(None, f"Measure on {d.EVALUATION_FORMS}", o.IMAGES, shown=False),
-    measured: Any = d.MEASURED,
-    against_original: bool = d.AGAINST_ORIGINAL,
+    measured: Any = d.COMPARED,
     unlabelled: Any = d.UNLABELLED,
     part: str = option("test", "test, validation (what finetune holds back) or train.", o.IMAGES),
     validation: str | None = option(
@@ -35,7 +34,7 @@ def evaluate(
     with common.progress() as step:
         import asymswap
 
-        by, how = d.compared_by(data, measured, against_original, unlabelled, common.task, needed=True)
+        by, how = d.compared_by(data, measured, unlabelled, common.task, needed=True)
         report = asymswap.evaluate(
             common.open_models(models, step),
             by,

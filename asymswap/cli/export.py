@@ -28,6 +28,6 @@ def export(
     with common.progress() as step:
         from asymswap.api.export import export as run
 
-        opened = common.open_model(checkpoint, step)
-        report = run(opened, target, form=to, fuse=fuse, dynamic_size=dynamic_size, force=force, progress=step)
+        model = common.model(checkpoint, step)
+        report = run(model, target, form=to, fuse=fuse, dynamic_size=dynamic_size, force=force, progress=step)
     common.show(report)

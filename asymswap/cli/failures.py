@@ -32,7 +32,7 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             with warnings.catch_warnings():
                 if not kwargs.get("debug"):
-                    warnings.showwarning = _show_warning
+                    warnings.showwarning = lambda message, *_, **__: _say("warning", str(message))
                 command(*args, **kwargs)
             # What is still to be printed shows here, not at the interpreter's exit, whether it can be.
             sys.stdout.flush()
@@ -45,25 +45,21 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            sys.stderr.write(f"error: {_in_one_line(_text(error))}\n")
+            _say("error", _text(error))
             sys.exit(1)
 
     return run
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning, in place of `warnings.showwarning`."""
-    # Where in torch's source that is helps nobody here.
-    text = re.sub(r"\s*\(Triggered internally at [^)]*\)", "", str(message))
-    sys.stderr.write(f"warning: {_in_one_line(text)}\n")
-
-
-def _in_one_line(text: str) -> str:
+def _say(what: str, text: str) -> None:
+    """Print one line on stderr."""
     from asymswap.errors import visible
 
+    # Where in torch's source a warning arises helps nobody here.
+    text = re.sub(r"\s*\(Triggered internally at [^)]*\)", "", text)
     # Names out of a file may hold what a terminal would obey, and line ends.
     text = visible(" ".join(in_flags(text).split()))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    sys.stderr.write(f"{what}: {text if len(text) <= _LONGEST else f'{text[:_LONGEST]}…'}\n")
 
 
 def _text(error: Exception) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from asymswap.api.progress import training as shown_training
 from asymswap.cli import options as o
+from asymswap.cli.commands import Group
 from asymswap.cli.data import LABELLED
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import Group
 from asymswap.errors import AsymswapError
 from asymswap.training.config import Training
 from asymswap.utils.distributed import joined
@@ -40,8 +40,7 @@ def finetune(
     Example: asymswap finetune model.asym.pt --data photos/ --epochs 5 --distill
     """
     task = common.task
-    own = None if task is None else task.training
-    if (data is None) == (own is None):
+    if (data is None) == (task.training is None):
         raise AsymswapError("give --data, or a --task with training(); one of them, not both")
     # A process that torchrun has restarted resumes the run.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -58,12 +57,12 @@ def finetune(
         if training["augment"] is not None:
             training["augment"] = parse_presets(training["augment"])
         tuned = asymswap.finetune(
-            common.open_model(checkpoint, silent),
-            own if data is None else data,
+            common.model(checkpoint, silent),
+            task.training if data is None else data,
             Training(**training),
-            inputs=None if task is None else task.inputs,
-            loss=None if task is None else task.loss,
-            evaluate=Metric(task.evaluate, task.lower_is_better) if task is not None and task.evaluate else None,
+            inputs=task.inputs,
+            loss=task.loss,
+            evaluate=Metric(task.evaluate, task.lower_is_better) if task.evaluate else None,
             output=target,
             run=run,
             resume=resume,

@@ -29,7 +29,7 @@ def fuse(
         check_suffix(target)
         common.check_images(data)
         fusion = asymswap.fuse(
-            common.open_model(checkpoint, step), separable=separable, max_offset=max_offset, data=data, progress=step
+            common.model(checkpoint, step), separable=separable, max_offset=max_offset, data=data, progress=step
         )
         report = asymswap.save_fused(fusion, target, as_original=as_original, force=force)
     common.show(report)

@@ -8,17 +8,17 @@ import importlib.util
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asymswap.api.progress import bars, plain_console
+from asymswap.cli.commands import Group
 from asymswap.cli.failures import in_flags
-from asymswap.cli.fields import Group
 from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
 from asymswap.utils.options import option
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
     from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
+    from asymswap.models.opening import Unopened
     from asymswap.models.preprocessing import PreprocessingOptions
     from asymswap.reporting.tables import Screen
     from asymswap.types import Progress
-
-T = TypeVar("T")
 
 _MODEL = "Model"
 IMAGES, RESULT = "Images", "Result"
@@ -47,7 +46,6 @@ Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_ABOUT_MODELS, show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)]
 
-MARKDOWN = option(False, "Print Markdown, for a pull request.")
 FORCE = option(False, "Replace files that exist.", RESULT)
 OUTPUT = ("-o", "--output")
 DOWNLOAD = option(False, "Fetch the data where torchvision can.", IMAGES)
@@ -60,12 +58,7 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
 
-def _timing(values: Mapping[str, Any]) -> Timing | None:
-    given = {name: value for name, value in values.items() if value is not None}
-    return Timing(**given) if given else None
-
-
-TIMING: Any = Group(Timing, _timing, given_only=True)
+TIMING: Any = Group(Timing, lambda given: Timing(**given) if given else None, given_only=True)
 """The options of time: a Timing, or None if none is given."""
 
 
@@ -119,16 +112,22 @@ class Common:
         "Task",
         flags=("--task",),
     )
+    markdown: bool = option(False, "Print Markdown, for a pull request.")
     json: bool = option(False, "Print JSON instead of tables.")
     quiet: bool = option(False, "Show no progress and print no report.", flags=("--quiet", "-q"))
     debug: bool = option(False, "Show the traceback of an error.")
 
-    @functools.cached_property
-    def task(self) -> Task | None:
-        """The functions of the task file, which is run when they are first asked for."""
-        from asymswap.data.task import read_task
+    def __post_init__(self) -> None:
+        """Raise AsymswapError where both JSON and Markdown are asked for."""
+        if self.json and self.markdown:
+            raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
 
-        return None if self.task_file is None else read_task(self.task_file)
+    @functools.cached_property
+    def task(self) -> Task:
+        """The functions of the task file, which is run when they are first asked for."""
+        from asymswap.data.task import Task, read_task
+
+        return Task() if self.task_file is None else read_task(self.task_file)
 
     @functools.cached_property
     def preprocessing(self) -> PreprocessingOptions | None:
@@ -147,7 +146,6 @@ class Common:
         )
         return None if options == PreprocessingOptions() else options
 
-    @functools.cached_property
     def _opening(self) -> dict[str, Any]:
         """The options of `asymswap.open_model`."""
         form, names = "not channels x height x width, such as 3x224x224", ("weights", "arch", "key", "trust_pickle")
@@ -158,31 +156,27 @@ class Common:
             "preprocessing": self.preprocessing,
         }
 
-    def open_model(self, model: str | Path, step: Progress) -> OpenedModel:
-        """Open the model of a command, for the verb that gets it."""
-        from asymswap.models.opening import open_model
+    def model(self, reference: str | Path, step: Progress) -> Unopened:
+        """Return the model of a command, which the verb that gets it opens."""
+        from asymswap.models.opening import Unopened, open_model
 
-        return self._handed_over([open_model(str(model), progress=step, **self._opening)])[0]
+        return Unopened(lambda: self._handed_over(open_model(str(reference), progress=step, **self._opening())))
 
     def open_models(self, models: list[str], step: Progress) -> list[OpenedModel]:
         """Open several models, all of them before the verb begins."""
         from asymswap.models.opening import open_models
 
-        return self._handed_over(open_models(models, progress=step, **self._opening))
+        return [self._handed_over(one) for one in open_models(models, progress=step, **self._opening())]
 
-    def _handed_over(self, opened: list[OpenedModel]) -> list[OpenedModel]:
-        """Return models for one verb; the first sample of a task's calibration() is their example."""
-        if self.task is not None and self.task.calibration is not None:
+    def _handed_over(self, opened: OpenedModel) -> OpenedModel:
+        """Return a model for one verb; the first sample of a task's calibration() is its example."""
+        if self.task.calibration is not None:
             from asymswap.data.inputs import settle_on
             from asymswap.types import UserData
 
-            opened = [settle_on(one, UserData(self.task.calibration, self.task.inputs))[0] for one in opened]
-        return [one.hand_over() for one in opened]
-
-    def check_form(self, markdown: bool) -> None:
-        """Raise AsymswapError where both JSON and Markdown are asked for."""
-        if self.json and markdown:
-            raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
+            # That is not yet what the verb works on, so no report is to mention it.
+            opened = replace(settle_on(opened, UserData(self.task.calibration, self.task.inputs)), fed=None)
+        return replace(opened, handed_over=True)
 
     def check_images(self, data: str | None) -> None:
         """Raise AsymswapError for options that say how to prepare images, where there are none."""
@@ -193,18 +187,13 @@ class Common:
         """Show progress while a block runs."""
         return bars(self.quiet)
 
-    def show(
-        self,
-        record: T,
-        view: Callable[[T, int | None], Screen] | None = None,
-        markdown: bool = False,
-    ) -> None:
+    def show(self, record: Any, view: Callable[[Any, int | None], Screen] | None = None) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
         from asymswap.reporting import tables
         from asymswap.results.records import to_json
 
         draw = view or tables.view
-        if markdown:
+        if self.markdown:
             typer.echo(draw(in_flags(record), None).markdown(), nl=False)
         elif self.json:
             print_json(to_json(record))
@@ -226,6 +215,8 @@ def _common(*opening: str, images: bool = True) -> Any:
 
 _OPENING = ("weights", "arch", "key", "arguments", "input_size", "trust_pickle")
 COMMON = _common(*_OPENING)
+BESIDE = _common(*_OPENING, "markdown")
+BESIDE_WITHOUT_IMAGES = _common(*_OPENING, "markdown", images=False)
 WITHOUT_IMAGES = _common(*_OPENING, images=False)
 OF_CHECKPOINT = _common("arch", "arguments")
 EXPORTED = _common("arch", "arguments", images=False)
@@ -298,14 +289,6 @@ def parse_pairs(option: str, texts: list[str] | None, python: bool = False) -> d
             raise AsymswapError(f"{option} {text!r} is not key=value")
         pairs[key.strip()] = parse(value.strip())
     return pairs
-
-
-def check_recipe(recipe: str | None, overrides: dict[str, Any] | None = None) -> None:
-    """Raise RecipeError for a mistake in a recipe, before the verb that finds it has opened the model."""
-    from asymswap.planning.recipe import parse_recipe, read_recipe_text
-
-    if recipe is not None:
-        parse_recipe(*read_recipe_text(recipe), overrides)
 
 
 def check_picture(option: str, path: Path, force: bool, suffixes: Sequence[str] = (".svg", ".png")) -> None:

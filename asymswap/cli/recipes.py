@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from operator import itemgetter
+from typing import Annotated, Any
 
 import typer
 
 from asymswap.cli import options as o
 from asymswap.utils.options import option
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from asymswap.planning.recipe import About
+_FUNCTION = {"exactly": "kept", "approximately": "approximated", "nothing": "not kept"}
 
 
 def recipes(
@@ -47,33 +44,23 @@ def recipes(
         if common.json:
             o.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
         elif not common.quiet:
-            o.console().print(_listing(listed), highlight=False, markup=False)
+            from rich.console import Group
+            from rich.text import Text
 
+            from asymswap.reporting.tables import Column, Table
 
-_FUNCTION = {"exactly": "kept", "approximately": "approximated", "nothing": "not kept"}
+            def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
+                left = [Column(titles[number], itemgetter(number), side="left") for number in (0, 1)]
+                return Table([*left, Column(titles[2], itemgetter(2), side="fold")], rows).terminal()
 
+            def row(name: str, function: str, summary: str) -> tuple[str, ...]:
+                """Return texts of the same widths in all groups."""
+                return name.ljust(max(map(len, listed))), function.ljust(max(map(len, _FUNCTION.values()))), summary
 
-def _listing(recipes: Mapping[str, About]) -> RenderableType:
-    """The recipes group by group, in columns that run through all groups."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from asymswap.planning.recipe import GROUPS
-    from asymswap.reporting.tables import Column, Table
-
-    name_width, function_width = max(map(len, recipes)), max(map(len, _FUNCTION.values()))
-
-    def columns(name: str, function: str, summary: str) -> list[Column]:
-        return [
-            Column(name, lambda row: row[0].ljust(name_width), side="left"),
-            Column(function, lambda row: _FUNCTION[row[1].preserves or "nothing"].ljust(function_width), side="left"),
-            Column(summary, lambda row: row[1].summary, side="fold"),
-        ]
-
-    titles = columns("Recipe".ljust(name_width), "Function".ljust(function_width), "What it does")
-    parts: list[RenderableType] = [Table(titles, []).terminal()]
-    for group in GROUPS:
-        rows = [(name, about) for name, about in recipes.items() if about.group == group]
-        parts += [Text(f"\n{group}", style="bold"), Table(columns("", "", ""), rows).terminal()]
-    note = "Function: whether the network, before it is trained again, computes what it did."
-    return Group(*parts, Text(f"\n{note}", style="dim"))
+            parts: list[Any] = [table(row("Recipe", "Function", "What it does"), [])]
+            for group in r.GROUPS:
+                of = {name: about for name, about in listed.items() if about.group == group}
+                rows = [row(name, _FUNCTION[about.preserves or "nothing"], about.summary) for name, about in of.items()]
+                parts += [Text(f"\n{group}", style="bold"), table(("", "", ""), rows)]
+            note = "Function: whether the network, before it is trained again, computes what it did."
+            o.console().print(Group(*parts, Text(f"\n{note}", style="dim")), highlight=False, markup=False)

@@ -41,7 +41,7 @@ def show(
             from asymswap.reporting import offsets as views
 
             common.check_images(data)
-            moved = find_offsets(common.open_model(checkpoint, step), data=data)
+            moved = find_offsets(common.model(checkpoint, step), data=data)
         if draw is not None:
             write_file(draw, views.draw(moved, draw.suffix[1:]))
         common.show(moved)

@@ -63,7 +63,17 @@ def sweep(
         o.check_picture("--report", path, force, (".html", ".md", ".svg", ".png"))
     check_output(target, force=True)
     check_distinct({"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in reports}})
-    known = _known(target) if target.exists() and not force else None
+    known = None
+    if target.exists() and not force:
+        from asymswap.results.sweep import from_json
+
+        try:
+            known = from_json(json.loads(target.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise AsymswapError(
+                f"{target} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
+                f"--force to replace it"
+            ) from None
     with common.progress() as step:
         from asymswap.api.sweep import BUDGETS
         from asymswap.api.sweep import sweep as run
@@ -75,11 +85,9 @@ def sweep(
         def write(result: Tradeoff) -> None:
             write_file(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
 
-        for one in recipe:
-            o.check_recipe(one, {f"budget.{measure}": (budgets or BUDGETS)[0]})
         by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
         result = run(
-            common.open_model(model, step),
+            common.model(model, step),
             recipe,
             by,
             budgets=budgets or BUDGETS,
@@ -104,7 +112,7 @@ def sweep(
 
 
 def parse_fractions(option: str, text: str) -> list[float]:
-    """Read `0.9:0.3:0.1` (both ends belong to it) or `0.6,0.5`, falling; raises AsymswapError for anything else."""
+    """Read `0.9:0.3:0.1` (both ends belong to it) or `0.6,0.5`, falling; raises AsymswapError for another form."""
     try:
         if ":" in text:
             start, stop, step = (Decimal(part) for part in text.split(":"))
@@ -114,22 +122,6 @@ def parse_fractions(option: str, text: str) -> list[float]:
             found = [high - step * number for number in range(int((high - low) / step) + 1)]
         else:
             found = [Decimal(part) for part in text.split(",")]
-        wrong = [value for value in found if not 0 < value < 1]
     except (InvalidOperation, ValueError):
         raise AsymswapError(f"{option} {text!r} is neither from:to:step, such as 0.9:0.3:0.1, nor 0.6,0.5") from None
-    if wrong:
-        raise AsymswapError(f"{option} {text!r}: {wrong[0]} is no fraction between 0 and 1")
     return sorted({float(value) for value in found}, reverse=True)
-
-
-def _known(path: Path) -> Any:
-    """Return the sweep to resume from a file."""
-    from asymswap.results.sweep import from_json
-
-    try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AsymswapError(
-            f"{path} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
-            f"--force to replace it"
-        ) from None

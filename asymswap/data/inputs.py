@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 
 from asymswap.data import arrays
 from asymswap.data.datasets import LabelledImages, open_data, patches_from
-from asymswap.data.normalization import Feeding, settle
+from asymswap.data.normalization import settle
 from asymswap.errors import SourceError, call, reason_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_size
@@ -210,19 +210,19 @@ def _read(
     return batches_of(others), held_back
 
 
-def settle_on(opened: OpenedModel, given: UserData, part: Any = "train") -> tuple[OpenedModel, Feeding | None]:
+def settle_on(opened: OpenedModel, given: UserData, part: Any = "train") -> OpenedModel:
     """Return the opened model with its preprocessing settled on images, or the first sample of own data as example."""
     reference = given.reference
     if reference is not None and _named_arguments(opened.model, Path(reference)) is None:
         return settle(opened, reference, part)
     if opened.example_inputs is not None:
-        return opened, None
+        return opened
     first = next(iter(open_inputs(opened, replace(given, held_back=0), 1)[0]))
     example = samples_of(first, 0, 1)
     x_NCHW, known = example[0] if len(example) == 1 else None, opened.preprocessing
     if isinstance(x_NCHW, Tensor) and x_NCHW.dim() == 4 and x_NCHW.is_floating_point() and known.form == "images":
         if known.size_from in ("given", "file") and known.size != tuple(x_NCHW.shape[-2:]):
-            return opened, None
+            return opened
         sized = with_size(known, tuple(x_NCHW.shape[1:]))
-        return replace(opened, preprocessing=replace(sized, size_from="images")), None
-    return replace(opened, example_inputs=example), None
+        return replace(opened, preprocessing=replace(sized, size_from="images"))
+    return replace(opened, example_inputs=example)

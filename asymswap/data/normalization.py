@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.errors import SourceError, TraceError, reason_of
 from asymswap.models import preprocessing as pre
 from asymswap.models.opened import OpenedModel
-from asymswap.types import Fed, Preprocessing, Size
+from asymswap.types import Preprocessing, Size
 from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import eval_mode, seeded
 
@@ -41,15 +41,6 @@ _OWN = "its own"
 
 
 @dataclass(frozen=True)
-class Feeding:
-    """How images are prepared for a network, the same for a report, and warnings for its first lines."""
-
-    preprocessing: Preprocessing
-    fed: Fed
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Answer:
     """What the batch norms say."""
 
@@ -58,7 +49,7 @@ class _Answer:
     silence: str = ""  # why they say nothing
 
 
-def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> tuple[OpenedModel, Feeding]:
+def settle(opened: OpenedModel, reference: str, part: Part, download: bool = False) -> OpenedModel:
     """Return an opened model with its preprocessing settled on the images of a data reference.
 
     An unknown size is the size of the images, if all have the same; an unknown normalisation is found out from the
@@ -94,17 +85,7 @@ def settle(opened: OpenedModel, reference: str, part: Part, download: bool = Fal
     else:
         decided = _objections(known, answer, label)
     fed = replace(pre.fed(known, answer.distances), own_size=pairs)
-    return replace(opened, preprocessing=known), Feeding(known, fed, (*decided, *warnings))
-
-
-def fed_of(feeding: Feeding | None) -> Fed | None:
-    """Return the preprocessing for a model's report."""
-    return None if feeding is None else feeding.fed
-
-
-def all_warnings(feedings: Iterable[Feeding | None]) -> tuple[str, ...]:
-    """Return the warnings of all models, each once."""
-    return tuple(dict.fromkeys(line for one in feedings if one is not None for line in one.warnings))
+    return replace(opened, preprocessing=known, fed=fed, fed_warnings=(*decided, *warnings))
 
 
 def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:

@@ -26,7 +26,7 @@ class Task:
     - `training()`: an iterable of batches; `loss(outputs, batch)`: a scalar tensor.
     """
 
-    path: str
+    path: str = ""
     calibration: Callable[[], Any] | None = None
     inputs: Callable[[Any], Any] | None = None
     evaluate: Callable[[Any], Any] | None = None

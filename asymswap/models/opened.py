@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from asymswap.checkpoint import Header
 from asymswap.errors import TraceError, reason_of, visible
 from asymswap.measure.macs import Costs, count_costs
 from asymswap.models.preprocessing import size_warning
-from asymswap.types import Origin, Plan, Preprocessing
+from asymswap.types import Fed, Origin, Plan, Preprocessing
 from asymswap.utils import inputs as made_inputs
 from asymswap.utils.inputs import Inputs
 
@@ -28,7 +28,8 @@ class OpenedModel:
     and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a module that no reference can
     build, `base` the unconverted model where the user gave it. `private`: no code but ours, torch's and torchvision's
     made it, so that nobody else holds its tensors; `handed_over`: the caller needs it for one verb only, whose result
-    may share its tensors. `seconds` is how long the opening took.
+    may share its tensors. `seconds` is how long the opening took. `fed` is for a report, and says how images are
+    prepared once that is settled on some; `fed_warnings` are for its first lines.
     """
 
     model: nn.Module
@@ -47,6 +48,8 @@ class OpenedModel:
     private: bool = False
     handed_over: bool = False
     example_inputs: Inputs | None = field(default=None, repr=False)
+    fed: Fed | None = None
+    fed_warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return visible(f"<OpenedModel {self.reference}: {self.origin.reference}, weights {self.weights}>")
@@ -55,10 +58,6 @@ class OpenedModel:
     def may_share(self) -> bool:
         """True where a result may hold this model's tensors."""
         return self.private and self.handed_over
-
-    def hand_over(self) -> OpenedModel:
-        """Return the same model, for one verb only, whose result may share its tensors."""
-        return replace(self, handed_over=True)
 
     def header(self) -> Header:
         """Return the header of a checkpoint of this model."""
@@ -78,18 +77,20 @@ class OpenedModel:
         """Return the size of one input: `3x224x224`, or of every tensor of the user's example."""
         return self.preprocessing.describe() if self.example_inputs is None else made_inputs.sizes(self.example_inputs)
 
-    def size_warning(self) -> tuple[str, ...]:
-        """Warn where nobody gave the size of the input."""
-        return size_warning(self.preprocessing) if self.example_inputs is None else ()
-
     def dtype(self) -> torch.dtype:
         """Return the dtype of the first floating-point parameter, and so of the input."""
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def sizes_assumed(opened: Iterable[OpenedModel]) -> tuple[str, ...]:
-    """Warn where nobody gave the size of a model's input."""
-    return tuple(dict.fromkeys(f"{one.reference}: {line}" for one in opened for line in one.size_warning()))
+def input_warnings(*opened: OpenedModel) -> tuple[str, ...]:
+    """Return what to know of how models are fed, or that nobody gave the size of their input."""
+    lines: dict[str, None] = {}
+    for one in opened:
+        if one.fed is not None:
+            lines |= dict.fromkeys(one.fed_warnings)
+        elif one.example_inputs is None:
+            lines |= dict.fromkeys(f"{one.reference}: {line}" for line in size_warning(one.preprocessing))
+    return tuple(lines)
 
 
 def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -27,7 +27,7 @@ from asymswap.models.family import Family, Fit
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.results.records import read_provenance
-from asymswap.types import Origin, Progress, silent
+from asymswap.types import Origin, Progress, Shown, silent
 from asymswap.utils.files import fail_if_modified
 from asymswap.utils.inputs import arguments_of, placed
 from asymswap.utils.tensors import meta_copy
@@ -37,15 +37,24 @@ FILE_SUFFIXES = (
 )  # fmt: skip
 
 
-class Converted(Protocol):
-    """What a conversion, a fusion and a fine-tuned model have in common; `base` as in `OpenedModel`."""
+@dataclass
+class Made(Shown):
+    """A model that a verb made, its report, and what a file of it says; `base` as in `OpenedModel`."""
 
     model: nn.Module
+    report: Any
     header: Header
-    base: nn.Module | None
+    base: nn.Module | None = None
 
 
-Model = str | Path | nn.Module | OpenedModel | Converted
+@dataclass(frozen=True)
+class Unopened:
+    """A model that is opened by the verb that gets it, once that has checked everything else."""
+
+    open: Callable[[], OpenedModel]
+
+
+Model = str | Path | nn.Module | OpenedModel | Made | Unopened
 """What every verb takes: a reference, a file, a module that exists already, an opened model, or a verb's result."""
 
 
@@ -103,15 +112,15 @@ def open_model(
     elif isinstance(model, nn.Module):
         network = _unwrapped(model)
         opened = replace(describe_module(network, "as given"), reference=type(network).__name__)
-    elif not isinstance(model, str | Path):
-        # A conversion, a fusion or a fine-tuned model, which stays the caller's.
-        header = getattr(model, "header", None)
-        if not isinstance(header, Header):
-            raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
+    elif isinstance(model, Made):
+        # It stays the caller's.
+        header = model.header
         base = model.base if arch is None else _build_named(header.origin, request)
         opened = _describe_converted(model.model, header, base, "as given")
         named = read_provenance(header.provenance, "the conversion").report.model.reference
         opened = replace(opened, reference=named or header.origin.reference)
+    elif not isinstance(model, str | Path):
+        raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
     else:
         reference = str(model)
         if not is_file_reference(reference):
@@ -143,11 +152,13 @@ def open_for_verb(
     preprocessing: PreprocessingOptions | None = None,
 ) -> OpenedModel:
     """Return the model as a verb takes it; one that was opened here is the verb's alone."""
+    if isinstance(model, Unopened):
+        return model.open()
     if isinstance(model, OpenedModel) and input_size is None and preprocessing is None and example_inputs is None:
         return model
     options: dict[str, Any] = {"input_size": input_size, "example_inputs": example_inputs}
     opened = open_model(model, **options, preprocessing=preprocessing, progress=progress)
-    return opened if isinstance(model, OpenedModel) else opened.hand_over()
+    return opened if isinstance(model, OpenedModel) else replace(opened, handed_over=True)
 
 
 def open_models(

@@ -270,7 +270,7 @@ class TestReplay:
 
 @pytest.mark.parametrize("arguments", [{}, {"recipe": "3x3-only", "plan": Plan(())}], ids=["neither", "both"])
 def test_convert_takes_either_a_recipe_or_a_plan(arguments: dict[str, Any]) -> None:
-    with pytest.raises(asymswap.AsymswapError, match="convert takes either a recipe or a plan"):
+    with pytest.raises(asymswap.AsymswapError, match=r"^give (either )?`recipe=…` or `plan=…`"):
         asymswap.convert("digits-resnet", **arguments)
 
 

@@ -122,7 +122,7 @@ def test_parameters_can_be_the_measure() -> None:
     assert point.cost.params <= 0.5 * 94_600
 
 
-@pytest.mark.parametrize("budgets", [[], [0.5, 1.0], [0.0]])
+@pytest.mark.parametrize("budgets", [[], [0.5, 1.0], [0.0], [1.5], [0.5, float("nan")]])
 def test_budgets_are_fractions(budgets: list[float]) -> None:
     with pytest.raises(asymswap.AsymswapError, match="budgets are fractions between 0 and 1, not"):
         run(budgets)
@@ -153,8 +153,6 @@ def test_the_budgets_that_help_names_are_those_taken_without_any() -> None:
         ("0.9:0.3", "neither from:to:step"),
         ("0.9:0.3:0", "the step must be above zero"),
         ("0.9:0.3:1e-9", "at most 100 budgets"),
-        ("1.5", "1.5 is no fraction between 0 and 1"),
-        ("0.5,nan", "no fraction|neither"),
     ],
 )
 def test_wrong_budgets_are_told(text: str, message: str) -> None:

@@ -239,7 +239,7 @@ USAGE = {
     "a runtime that is none": ((*CONVERT, "--latency", "0.8", "--runtime", "openvno"), r"did you mean openvino\?"),
     "a latency that is none": ((*CONVERT, "--latency", "fast"), "give a fraction above 0 and at most 1"),
     "a runtime for nothing": ((*CONVERT, "--runtime", "openvino"), "such as --runtime, go with --latency or --time"),
-    "two budgets": ((*CONVERT, "--macs", "0.5", "--params", "0.5"), "one of --macs, --params, --latency and"),
+    "two budgets": ((*CONVERT, "--macs", "0.5", "--params", "0.5"), "--macs 0.5 and --params 0.5 are two; give one"),
     "budget": ((*CONVERT, "--macs", "2"), r"budget\.macs: Input should be less than or equal to 1 \(got 2\.0\)"),
     "unreachable": ((*CONVERT, "--macs", "0.001"), r"cannot be reached: .* 0\.\d+ is left; ask for at least 0\.\d+"),
     "report": ((*CONVERT, "--report", "r.txt"), r"report r\.txt: the file must end in \.html, \.json or \.md"),

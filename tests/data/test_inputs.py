@@ -209,8 +209,8 @@ def test_a_file_of_inputs_by_name(suffix: str, tmp_path: Path) -> None:
     for batch in [*chosen, *held]:
         assert torch.equal(batch[0][:, 0, 0, 0], batch[1])
     assert (chosen.count, held.count) == (24, 6)
-    settled, feeding = settle_on(open_model(Two()), UserData(str(path)))
-    assert feeding is None
+    settled = settle_on(open_model(Two()), UserData(str(path)))
+    assert settled.fed is None
     assert settled.takes() == "1x4x6x6, 1"
 
 
@@ -218,9 +218,9 @@ def test_numbers_are_taken_as_they_are(tmp_path: Path) -> None:
     """Any values and channels; only bytes are images from 0 to 255."""
     values = 300 * torch.randn(20, 4, 6, 6)
     np.save(tmp_path / "a.npy", values.numpy())
-    settled, feeding = settle_on(open_model(Two()), UserData(str(tmp_path / "a.npy")))
-    assert feeding is not None
-    assert any("as they are: give `PreprocessingOptions(normalize=…)`" in line for line in feeding.warnings)
+    settled = settle_on(open_model(Two()), UserData(str(tmp_path / "a.npy")))
+    assert settled.fed is not None
+    assert any("as they are: give `PreprocessingOptions(normalize=…)`" in line for line in settled.fed_warnings)
     chosen, _ = open_inputs(settled, UserData(str(tmp_path / "a.npy")), 20)
     found = torch.cat([batch[0] for batch in chosen])
     assert len(found) == 16

@@ -128,19 +128,18 @@ def test_there_is_no_such_file(tmp_path: Path) -> None:
 
 def test_a_task_calibrates_unless_data_is_given(tmp_path: Path) -> None:
     task = read(tmp_path, TEMPLATE)
-    nothing = {"data": None, "cache": None, "images": 64}
-    made = calibration_of(nothing, 0, ALONE, task)
+    made = calibration_of({"images": 64}, 0, ALONE, task)
     assert made is not None
     assert (made.data, made.inputs, made.images) == (task.calibration, task.inputs, 64)
     with pytest.raises(
         AsymswapError, match=r"--calibrate and calibration\(\) of .*my_task\.py both say what to calibrat"
     ):
-        calibration_of({**nothing, "data": "digits"}, 0, ALONE, task)
+        calibration_of({"images": 64, "data": "digits"}, 0, ALONE, task)
     only = Task("t.py", inputs=task.inputs)
-    own = calibration_of({**nothing, "data": "digits"}, 0, ALONE, only)
+    own = calibration_of({"images": 64, "data": "digits"}, 0, ALONE, only)
     assert own is not None
     assert (own.data, own.inputs) == ("digits", task.inputs)
-    assert calibration_of({"data": None}, 0, ALONE, only) is None
+    assert calibration_of({}, 0, ALONE, only) is None
 
 
 @pytest.mark.usefixtures("one_thread")
