@@ -17,8 +17,6 @@ strictly. The header is believed in nothing: all this is tried on the meta devic
 sizes that the state dict does not have.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math

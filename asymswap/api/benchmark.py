@@ -1,7 +1,5 @@
 """The verb `benchmark`: what models cost, and how long they take, all of them in turn."""
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The verb `candidates`: every Conv2d of a model, what could be saved at it, or why not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The verb `compare`: what each model costs, as `benchmark` counts it, and how it differs from the first."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

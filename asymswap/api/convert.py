@@ -13,8 +13,6 @@ it is never changed. Options of several verbs:
 All raise AsymswapError, with a one-line reason, for what cannot be done.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The verb `evaluate`: models on the same data, each by itself and beside the first."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Programs (ONNX and .pt2) are run beside the model in PyTorch before they take th
 something else is never written. A state dict computes nothing; it holds the model's own tensors.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The verb `finetune`: open the model, the data and the teacher, check that they fit, train, keep what is best."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`fuse`: merge replacements back into ordinary convs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`load`: a converted model from its file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import nn

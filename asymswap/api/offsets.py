@@ -1,7 +1,5 @@
 """The verb `offsets`: where the taps of a converted model's layers are, read from the model itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

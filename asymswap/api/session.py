@@ -1,7 +1,5 @@
 """One opened model to make plans for and apply them to: `plan`, `convert` and `sweep` are thin over it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress

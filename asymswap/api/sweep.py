@@ -1,7 +1,5 @@
 """The trade-off curve: one look at the calibration images, then a conversion and an evaluation for each budget."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Calibration of a model: images from a data reference, statistics from them or from a file."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -5,8 +5,6 @@ float64; in the backward pass of the network's own prediction, the second moment
 `asymswap.factorize.statistics` for their use.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -13,8 +13,6 @@ Elsewhere real forward passes are stopped at the current layer: the original run
 sampled positions of each output alone; the converted network runs for every site, up to it.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence

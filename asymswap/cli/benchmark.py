@@ -1,7 +1,5 @@
 """`asymswap benchmark`: latency and throughput."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from functools import partial
 from typing import Literal

@@ -1,7 +1,5 @@
 """`asymswap candidates`: what could be gained, before anything is done."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from asymswap.cli import options as o

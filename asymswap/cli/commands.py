@@ -3,8 +3,6 @@
 Each command is imported when it is called; listing them needs only `SUMMARIES`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """`asymswap compare`: models beside each other."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from asymswap.cli import data as d

@@ -1,7 +1,5 @@
 """`asymswap convert`: the main job."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Sequence

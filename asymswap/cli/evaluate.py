@@ -1,7 +1,5 @@
 """`asymswap evaluate`: how good models are, and how sure that is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from asymswap.cli import data as d

@@ -1,7 +1,5 @@
 """`asymswap export`: a converted model for other programs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

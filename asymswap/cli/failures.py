@@ -1,7 +1,5 @@
 """How an error becomes one line on stderr and an exit code, a warning one line, and an argument's name an option's."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import functools

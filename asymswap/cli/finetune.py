@@ -1,7 +1,5 @@
 """`asymswap finetune`: train a converted model, also under torchrun."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

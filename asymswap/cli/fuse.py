@@ -1,7 +1,5 @@
 """`asymswap fuse`: replacements back into ordinary convs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from asymswap.cli import options as o

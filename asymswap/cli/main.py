@@ -1,7 +1,5 @@
 """The command `asymswap` and its subcommands."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """`asymswap recipes`: the recipes that come with asymswap, one of them, or a check of one's own."""
 
-from __future__ import annotations
-
 from operator import itemgetter
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`asymswap show`: what was done to a converted model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`asymswap sweep`: what each budget costs in accuracy, or in another score."""
 
-from __future__ import annotations
-
 import json
 from decimal import Decimal, InvalidOperation
 from pathlib import Path

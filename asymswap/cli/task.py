@@ -1,7 +1,5 @@
 """`asymswap task`: a file to write one's own data, inputs, metric and loss into."""
 
-from __future__ import annotations
-
 import typer
 
 

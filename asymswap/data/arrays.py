@@ -1,7 +1,5 @@
 """Tensors in a file: .npy, .npz, .pt or .safetensors; images with labels, or inputs by name."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ and processes: every image is seen once, and no step is left with a handful. Of 
 in their order, each process takes every n-th.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing

@@ -4,8 +4,6 @@ What is held back is chosen first, and never depends on how many others are want
 data compares outputs on the same held-back inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

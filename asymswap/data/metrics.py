@@ -1,7 +1,5 @@
 """What models are measured by: labelled images, pairs of images, masks, or functions of the user's."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

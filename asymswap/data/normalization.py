@@ -10,8 +10,6 @@ The distance of two channels is the squared Hellinger distance of normal distrib
 normalisation is the mean over channels and over the first batch norms. Measurements: docs/results/normalization.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Mapping, Sequence

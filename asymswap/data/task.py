@@ -1,7 +1,5 @@
 """The user's own data, inputs, metric and loss: functions of a Python file, which is run because the user names it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ original one was, whatever the stride. A tap at (y, x) is shared among the four 
 function. Learning positions by growing the kernel: Khalfaoui-Hassani, Pellegrini and Masquelier, ICLR 2023 (DCLS).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -21,8 +21,6 @@ common preconditions it: (sum_k H_k' P H_k) V S_mean.
 for two kernels.) With a single tap, K = 1, the start is the solution: the average of S is S itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ feature maps are not white: pixels are like their neighbours, and most are posit
 without its corners answers above all with the wrong mean. Without data, `smooth` is a better assumption.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -20,8 +20,6 @@ expected divergence (in nats) of the network's output, half its squared differen
 correlations that K-FAC leaves out. No labels are needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

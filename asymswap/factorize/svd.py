@@ -17,8 +17,6 @@ costs half of the digits of the *small* singular values only, and float64 has th
 factors are projections of the matrix itself, so a full-rank product is exact.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Recognise the kind of a model file by its first bytes and the names in the archive; nothing is executed."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import zipfile

@@ -1,7 +1,5 @@
 """What modules store beside tensors (`get_extra_state`): read, written as plain data, and given back."""
 
-from __future__ import annotations
-
 import json
 from collections import OrderedDict
 from collections.abc import Mapping

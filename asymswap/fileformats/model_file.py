@@ -10,8 +10,6 @@ Of an archive only entries are opened, by their whole names. A name in an index 
 A link is followed, since download caches keep links in the folder and the files elsewhere; an index cannot make one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -4,8 +4,6 @@ A module's class comes from `allowlist.txt` (made by benchmarks/make_allowlist.p
 attributes are checked before they are set. What is of other classes stays a `Record`; nothing of it is imported.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib

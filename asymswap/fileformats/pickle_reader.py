@@ -8,8 +8,6 @@ All protocols from 0 to 5 are read. One `Reader` reads all pickles of a file, wi
 work (operations, and items that an operation copies), the bytes that calls make, the length of keys and names.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import io

@@ -1,7 +1,5 @@
 """State dicts: find them in training checkpoints, compare them with a model, load them into it."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

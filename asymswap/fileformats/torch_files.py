@@ -11,8 +11,6 @@ records, unless a file names something that runs code: such a file is refused. t
 `trust_pickle`.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import struct

@@ -6,8 +6,6 @@ that are no tensors keep the values that they have in a recorded run, and a grap
 on the arguments of each recorded call, are the operations of that call.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Writing a model: modules swapped by name, and batch norms folded into convs, on a deep copy."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Mapping

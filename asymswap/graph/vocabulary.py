@@ -1,7 +1,5 @@
 """The canonical names of the operations beside a conv in a graph, as recipes use them."""
 
-from __future__ import annotations
-
 import re
 
 ACTIVATIONS = frozenset([

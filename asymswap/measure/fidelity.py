@@ -5,8 +5,6 @@ Some networks look at what their layers are: they pad only before an nn.Conv2d, 
 input: if the calls or the outputs differ, the model's code treats the two differently.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

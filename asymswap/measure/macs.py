@@ -4,8 +4,6 @@
 over shapes; the formulas that it lacks are here. `Costs.uncounted` names operators that read weights and have none.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

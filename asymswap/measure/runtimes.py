@@ -4,8 +4,6 @@ To add one, write a class with `open` and, for budgets of latency, `probe`, and 
 `asymswap.results.benchmark`.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools

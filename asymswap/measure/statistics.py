@@ -1,7 +1,5 @@
 """Intervals of an accuracy (Wilson), of a mean, and of a median by order statistics; McNemar's exact test."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev

@@ -3,8 +3,6 @@
 Also: which of them a bare state dict belongs to, by the table of fingerprints, under every prefix that may be off.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 from collections.abc import Mapping

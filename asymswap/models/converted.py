@@ -4,8 +4,6 @@ A converted model is built unconverted, its structure is swapped, and its state 
 only where that works.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -5,8 +5,6 @@ of `path/to/net.py:callable` is run: naming it is the consent. A reference in a 
 the user names, now, is run.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools

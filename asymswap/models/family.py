@@ -6,8 +6,6 @@ each of its forms that has other keys. The sizes that follow the number of class
 the hash, and read off the state dict instead.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

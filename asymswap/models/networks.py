@@ -5,8 +5,6 @@ ones (Huang et al. 2017, "Densely connected convolutional networks"). The module
 layers join channels (the new ones first), are those of the checkpoints in circulation for 32x32 images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

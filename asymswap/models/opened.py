@@ -1,7 +1,5 @@
 """A model that has been opened: the module with its origin, its preprocessing and example inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

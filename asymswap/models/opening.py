@@ -1,7 +1,5 @@
 """Open models: from a reference, a file, a module or a conversion to an `OpenedModel`; docs/guide/models.md has all."""
 
-from __future__ import annotations
-
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence

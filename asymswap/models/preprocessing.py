@@ -1,7 +1,5 @@
 """How the user wants images prepared: the size of the input, how images are resized, and how they are normalised."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

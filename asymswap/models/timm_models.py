@@ -5,8 +5,6 @@ weights say how many classes there are and how large an image is. timm reads wei
 hub or of torch.hub, or downloads them into it; it unpickles with torch's restricted unpickler.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The models of torchvision: build them, fill them with published weights, describe them to be rebuilt."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys

@@ -1,7 +1,5 @@
 """Apply a plan: it holds every decision already, so nothing is decided here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Set
 from typing import Literal, cast

@@ -4,8 +4,6 @@ Conversions are undone from the last to the first: what a later one has changed 
 comes first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast

@@ -6,8 +6,6 @@ a whole beside the original: swaps that have become slower are undone, and where
 allows, the next plan gets less.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 And what could be saved at each site, by the cost formulas alone, without the weights.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import itertools

@@ -3,8 +3,6 @@
 The kind `my-kind` is the one subclass of `Replacement` in the file `my_kind.py` of this folder; nothing is registered.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from typing import Any

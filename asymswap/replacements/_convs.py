@@ -6,8 +6,6 @@ by that much, and where the kernel pads less, the rest is cut from the input. Ev
 distance from the border alone, so that less of it is a part of more of it.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import astuple, replace
 from functools import reduce

@@ -5,8 +5,6 @@ kh * kw, and no channels between the two. Both convs keep the stride, dilation, 
 shrinks across the strip. The centre tap is in both, half of it each. Mathematics: `asymswap.factorize.cross`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated, cast
 

@@ -6,8 +6,6 @@ in closed form: the truncated SVD of the kernel, whitened by the covariance of c
 2015, section 3.1; without data Denton et al., 2014). Groups are solved one by one, and R is the rank of one.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from asymswap.replacements._pairs import Pair, PairSettings, SettledPair

@@ -8,8 +8,6 @@ The built kernel has no dilation: one of dilation d and limit L covers d*(k - 1)
 axis, and costs as many MACs; a 3 x 3 kernel becomes 5 x 5 with L = 1, and one of dilation 12 becomes 27 x 27.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from dataclasses import replace

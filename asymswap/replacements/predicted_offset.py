@@ -12,8 +12,6 @@ Samples between pixels are bilinear, samples beyond the input are zero. Padding 
 first: samples up to its rim see it, samples beyond the rim are zero.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import cast

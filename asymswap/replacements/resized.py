@@ -3,8 +3,6 @@
 As a swap of its own it grows a kernel by taps of zero at its rim, which changes nothing until it is trained on.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 

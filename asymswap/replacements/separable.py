@@ -23,8 +23,6 @@ digits-resnet at a quarter of its MACs, calibrated in one pass on 256 images, to
 and 68 % at the usual padding with the best shift (1.5 deviations).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast

@@ -4,8 +4,6 @@ The weights could express the factors too. They are for training few parameters:
 kh*kw numbers a conv say where each tap looks and how much it counts.
 """
 
-from __future__ import annotations
-
 from asymswap.replacements.offset import Offset
 
 

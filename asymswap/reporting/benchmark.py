@@ -1,7 +1,5 @@
 """How a benchmark is shown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter

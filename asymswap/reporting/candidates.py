@@ -1,7 +1,5 @@
 """How the candidates of a model are shown: for a terminal, and as a plot."""
 
-from __future__ import annotations
-
 from rich.text import Text
 
 from asymswap.reporting import format as fmt

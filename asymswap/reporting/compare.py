@@ -1,7 +1,5 @@
 """How a comparison is shown."""
 
-from __future__ import annotations
-
 from asymswap.reporting import format as fmt
 from asymswap.reporting.tables import WIDE, Column, Screen, Table, score_column
 from asymswap.results.evaluate import Comparison

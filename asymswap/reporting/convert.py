@@ -1,7 +1,5 @@
 """How the report of a conversion is shown: for a terminal, as Markdown, as one HTML page, as a file."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

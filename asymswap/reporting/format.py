@@ -1,7 +1,5 @@
 """Numbers as text: the one place that decides how many digits a person sees."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """How the offsets of taps are shown: as numbers, as arrows for a terminal, and as a plot."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

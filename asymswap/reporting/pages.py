@@ -1,7 +1,5 @@
 """HTML pages and plots: whole files, for which jinja2 and matplotlib are loaded only when one is made."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Screens of the verbs that write no report: evaluate, finetune, fuse, export, show."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """How a sweep over budgets is shown: what each budget costs in its scores, and what the curve advises."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Callable, Sequence

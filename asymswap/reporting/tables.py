@@ -3,8 +3,6 @@
 `asymswap.types.Shown`, the base of all results, finds `to_text`, `to_line` and `to_fragment` by their names.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import re

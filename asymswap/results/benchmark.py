@@ -1,7 +1,5 @@
 """What a benchmark measured."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from asymswap.types import Cost, Ratio, Seconds, Shown

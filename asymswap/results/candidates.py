@@ -1,7 +1,5 @@
 """What could be done at each conv of a model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

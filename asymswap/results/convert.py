@@ -1,7 +1,5 @@
 """The reports of converting a model, of merging it back into ordinary convs, and of exporting it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

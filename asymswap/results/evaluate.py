@@ -1,7 +1,5 @@
 """What an evaluation or a comparison found, and how far one network answers as another."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The report of a training run, and what it reports while it lasts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

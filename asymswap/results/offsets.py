@@ -1,7 +1,5 @@
 """Where the taps of offset convs have moved."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

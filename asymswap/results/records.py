@@ -1,7 +1,5 @@
 """Results as plain data, and the provenance that a checkpoint holds."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

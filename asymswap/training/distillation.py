@@ -1,7 +1,5 @@
 """The teacher of a distillation, by default the original network, and its blocks that can be compared."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext

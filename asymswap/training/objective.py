@@ -6,8 +6,6 @@ Caruana, 2014), and always without labels. Outputs of blocks with the same name 
 2015, without a regressor, since the shapes are the same).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ metrics.jsonl  a line of JSON for every step and epoch
 tensorboard/   the same, where TensorBoard is installed
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Mapping

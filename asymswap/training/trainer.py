@@ -4,8 +4,6 @@ Every random number is a function of the seed and of the place in the run. So th
 optimizer's state and a few counters alone, and a resumed run gives the same result as one that was never interrupted.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

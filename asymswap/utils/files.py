@@ -5,8 +5,6 @@ the folder is removed; only a killed process or a power failure leaves one behin
 that the next writer in the same place can recognise an abandoned one, and removes it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets

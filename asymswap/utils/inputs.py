@@ -1,7 +1,5 @@
 """Inputs of a network's forward: made by its preprocessing, or taken out of a user's batches."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools

@@ -1,7 +1,5 @@
 """Options declared once: dataclass fields with help texts, from which the command line makes its options."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Helpers for nested values of tensors, whole modules, random numbers and threads."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib
