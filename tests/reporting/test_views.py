@@ -17,6 +17,7 @@ from made_reports import kept, report, site
 import asymswap
 import asymswap.api
 import asymswap.results
+from asymswap.models.opening import Made
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Setting
 from asymswap.results.candidates import Candidates
 from asymswap.results.convert import Check, ExportReport, FusionReport, FusionRow, Report
