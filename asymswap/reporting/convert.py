@@ -234,8 +234,9 @@ def _fine_print(report: Report) -> list[str]:
     lines.append(f"Weights: {model.weights}. Read by {model.traced_by}.")
     lines += map(fmt.sentence, model.notes)
     lines += [f"{file.path}: {fmt.size(file.bytes)}." for file in report.files]
-    total = sum(report.seconds.values())
-    lines.append(f"Time: {total:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in report.seconds.items())}).")
+    if report.seconds:  # a checkpoint has none
+        total = sum(report.seconds.values())
+        lines.append(f"Time: {total:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in report.seconds.items())}).")
     return lines
 
 

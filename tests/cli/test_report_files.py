@@ -94,6 +94,7 @@ class TestHtml:
         assert run("show", converted, "--report", f"r.{form}").code == 0
         text = Path(f"r.{form}").read_text()
         assert "7 of 9" in text if form == "md" else len(json.loads(text)["sites"]) == 9
+        assert "Time:" not in text  # equal conversions write equal files, without times
 
     def test_what_was_fused_since_is_told(self, run: Run) -> None:
         assert run("convert", "digits-resnet", "--recipe", "acnet", "-o", "a.pt", "-q").code == 0
