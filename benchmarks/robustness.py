@@ -84,9 +84,9 @@ def write_page(path: Path, found: dict[str, Any]) -> None:
         new[KILL] = KILL.format(table=shown, faults="; ".join(faults) or "none", machine=machine)
     ours = page_without_mutation(path)
     mutation = path.read_text(encoding="utf-8").removeprefix(ours) if path.exists() else ""
-    old = ["\n" + part for part in re.split(r"(?m)^(?=## )", ours)[1:]]
-    kept = {text: next((part for part in old if part[:12] == text[:12]), "") for text in (FUZZ, KILL)}
-    sections = [new.get(text, kept[text].rstrip("\n") + "\n" if kept[text] else "") for text in (FUZZ, KILL)]
+    parts = re.split(r"(?m)^(?=## )", ours)[1:]
+    old = {part.splitlines()[0]: "\n" + part.rstrip("\n") + "\n" for part in parts}
+    sections = [new.get(text) or old.get(text.splitlines()[1], "") for text in (FUZZ, KILL)]
     path.write_text(HEAD + "".join(sections) + mutation, encoding="utf-8")
 
 
