@@ -49,7 +49,8 @@ TRAIN = (
     "64",
     "--workers",
     "0",
-    "--cpu",
+    "--device",
+    "cpu",
     "-q",
 )
 FINETUNE = ("finetune", "c.pt", *TRAIN)

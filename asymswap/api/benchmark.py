@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from asymswap.measure.latency import (
 )
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, prepare_all
-from asymswap.measure.timing import MemoryFormat, Timing
+from asymswap.measure.timing import DTYPES, MemoryFormat, Precision, Timing
 from asymswap.models.opened import OpenedModel, costs_of, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import TITLES, Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
@@ -33,7 +33,6 @@ from asymswap.results.convert import LatencyRow, TimeRow
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.tensors import on_threads
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 FORMATS: tuple[MemoryFormat, ...] = ("channels-last", "contiguous")
 
 
@@ -45,7 +44,7 @@ def benchmark(
     batches: Sequence[int] = (1,),
     threads: Sequence[int] | None = None,
     memory_formats: Sequence[MemoryFormat] = FORMATS,
-    dtype: Dtype | None = None,
+    precision: Precision | None = None,
     rounds: int = 20,
     seconds: float = 60.0,
     layers: bool = True,
@@ -56,13 +55,14 @@ def benchmark(
     """Time models in every combination of runtimes, batch sizes, threads and memory formats; none is changed.
 
     All combinations run in turn, in `rounds` rounds, or fewer if they take longer than `seconds`, but at least five.
-    `threads` defaults to torch's own number, `dtype` to the model's. Batch norms are folded into the convs before them,
-    as for deployment. With `layers`, the layers that models share by name with the first one are timed too, in the
-    first setting of eager PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError
-    where a model cannot be opened, and where nothing can be run.
+    `threads` defaults to torch's own number, `precision` (fp32, bf16, fp16) to the model's. They run on the CPU, unless
+    the first model was opened for another device. Batch norms are folded into the convs before them, as for deployment.
+    With `layers`, the layers that models share by name with the first one are timed too, in the first setting of eager
+    PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError where a model cannot be
+    opened, and where nothing can be run.
     """
-    if dtype is not None:
-        check_choice("the dtype", dtype, get_args(Dtype))
+    if precision is not None:
+        check_choice("the precision", precision, get_args(Precision))
     for runtime in runtimes:
         check_choice("the runtime", runtime, TITLES)
     for form in memory_formats:
@@ -70,20 +70,21 @@ def benchmark(
     threads = threads or (torch.get_num_threads(),)
     if min(*batches, *threads, 1) < 1 or not (runtimes and batches and memory_formats):
         raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
-    # Each once, for some runtimes have a memory format of their own.
-    settings = tuple(
-        dict.fromkeys(
-            Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None)
-            for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
-        )
-    )
     if not models:
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
     opened = [open_for_verb(model, progress, input_size, example_inputs) for model in models]
+    device = str(opened[0].device or "cpu")
+    # Each once, for some runtimes have a memory format of their own.
+    settings = tuple(
+        dict.fromkeys(
+            Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None, device=device)
+            for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
+        )
+    )
     costs = tuple(cost_row(one) for one in opened)
-    found = _InTurn(opened, settings, rounds, seconds, progress, None if dtype is None else getattr(torch, dtype))
+    found = _InTurn(opened, settings, rounds, seconds, progress, precision)
     if not found.timed:
         raise AsymswapError("; ".join(dict.fromkeys(result.failure or "" for result in found.results.values())))
     measured = []
@@ -102,7 +103,9 @@ def benchmark(
         results=results,
         layers=tuple(measured),
         gains=tuple(_gains(settings, found.timed)),
-        dtype=dtype or ", ".join(dict.fromkeys(str(one.dtype()).removeprefix("torch.") for one in opened)),
+        dtype=DTYPES[precision]
+        if precision
+        else ", ".join(dict.fromkeys(str(one.dtype()).removeprefix("torch.") for one in opened)),
         machine=about["processor"],
         cores=about["cores"],
         rounds=len(next(iter(found.timed.values()))),
@@ -129,8 +132,9 @@ class _InTurn:
         rounds: int,
         seconds: float,
         progress: Progress,
-        dtype: torch.dtype | None = None,
+        precision: Precision | None = None,
     ) -> None:
+        dtype = precision and getattr(torch, DTYPES[precision])
         with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
             self.networks = [Network(one.model, one.example(), Path(folder), dtype) for one in opened]
             turns, failures = prepare_all(self.networks, settings, progress)
@@ -163,7 +167,7 @@ def time_in_turn(
     Raises AsymswapError, with the reason, where one of them cannot be run.
     """
     setting = RUNTIMES[timing.runtime].setting(timing)
-    results = _InTurn(opened, [setting], timing.rounds, MOST_SECONDS, progress).results.values()
+    results = _InTurn(opened, [setting], timing.rounds, MOST_SECONDS, progress, timing.precision).results.values()
     for one, result in zip(opened, results, strict=True):
         if result.failure is not None:
             raise AsymswapError(f"{one.reference} in {TITLES[timing.runtime]}: {result.failure}")
@@ -187,7 +191,7 @@ def time_conversion(
         RUNTIMES[timing.runtime].version()  # raises where what was asked for is not there
     names = installed(names)
     both, settings = [opened, replace(opened, model=converted)], [RUNTIMES[name].setting(timing) for name in names]
-    found = _InTurn(both, settings, timing.rounds, MOST_SECONDS, progress).results
+    found = _InTurn(both, settings, timing.rounds, MOST_SECONDS, progress, timing.precision).results
     rows = []
     for place, name in enumerate(names):
         before, after = found[0, place], found[1, place]
@@ -196,7 +200,8 @@ def time_conversion(
     if known is not None:
         return replace(known, times=(*known.times, *rows))
     setting = RUNTIMES["torch"].setting(timing)
-    return LatencyRow(tuple(rows), setting.memory_format, setting.batch, setting.threads, machine()["processor"])
+    how = setting.memory_format, setting.batch, setting.threads, machine()["processor"]
+    return LatencyRow(tuple(rows), *how, device=timing.device)
 
 
 def _time_layers(

@@ -54,7 +54,7 @@ from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Site, Swap
 from asymswap.utils.files import check_output, write_file
 from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
-from asymswap.utils.tensors import eval_mode, list_tensors
+from asymswap.utils.tensors import device_of, eval_mode, exact_convs, list_tensors
 
 
 @dataclass
@@ -91,6 +91,7 @@ def plan(
 
 
 @shows_progress
+@exact_convs()
 def convert(
     model: Model,
     recipe: str | Path | None = None,
@@ -170,9 +171,13 @@ def convert(
     if in_time or time:
         RUNTIMES[timing.runtime].version()  # raises where it is not installed
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
+    timing = timing if opened.device is None else replace(timing, device=str(opened.device))
+    if in_time and timing.multiple:
+        requested = parse_recipe(text, where, {"multiple": timing.multiple, **overrides})
     clock = Clock(opened.seconds)
     check_finite(opened)
-    opened = settle_for(opened, calibration, evaluate)
+    given = settle_for(opened, calibration, evaluate)
+    opened = given if calibration is None and evaluate is None and given.device is None else given.on_device()
     evaluator = None if evaluate is None else evaluator_of(evaluate, opened, crop_border)
     clock.stop("load")
     session = Session(opened, calibration, clock)
@@ -250,7 +255,7 @@ def convert(
         "report": to_json(replace(report, seconds={})),
     }
     header = replace(opened.header(), plans=(*opened.plans, converted.plan), provenance=provenance)
-    return Conversion(converted.model, report, header, base_of(opened))
+    return Conversion(converted.model.to(device_of(given.model)), report, header, base_of(given))
 
 
 def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | str | None) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results import evaluate as results
 from asymswap.results.records import read_provenance
-from asymswap.utils.tensors import deep_copy
+from asymswap.utils.tensors import device_of
 
 PARTS = ("test", "validation", "train")
 
@@ -49,7 +49,6 @@ def evaluate(
     confusions: int = 10,
     strict: bool = False,
     download: bool = False,
-    device: str | None = None,
     input_size: tuple[int, ...] | None = None,
     preprocessing: PreprocessingOptions | None = None,
     progress: Shows = True,
@@ -68,9 +67,9 @@ def evaluate(
     several = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not several:
         raise AsymswapError("give at least one model to evaluate")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Open and check all before measuring the first.
-    opened = [open_for_verb(model, progress, input_size=input_size, preprocessing=preprocessing) for model in several]
+    options: dict[str, Any] = {"input_size": input_size, "preprocessing": preprocessing}
+    opened = [open_for_verb(model, progress, **options).on_device() for model in several]
     if against_original and (part != "test" or crop_border):
         raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
     opened, evaluators = settle_each(opened, data, against_original, part, download)
@@ -95,18 +94,14 @@ def evaluate(
     first: Predictions | None = None
     for one, evaluator in zip(opened, evaluators, strict=True):
         stage = "evaluating" if len(opened) == 1 else f"evaluating {len(rows) + 1} of {len(opened)}"
-        # A module of the caller's stays where it is.
-        placed = one.model
-        if one.weights != "as given":
-            placed = (placed if one.handed_over else deep_copy(placed)).to(place)
         step = functools.partial(progress, stage)
         try:
             if not isinstance(evaluator, Labelled):
-                rows.append(results.ModelScores(one.reference, evaluator(placed, step), fed=one.fed))
+                rows.append(results.ModelScores(one.reference, evaluator(one.model, step), fed=one.fed))
                 check_same(rows[0].scores, rows[-1].scores)
                 notes += [evaluator.note] if evaluator.note else []
                 continue
-            found = evaluator.predict(placed, step)
+            found = evaluator.predict(one.model, step)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -151,7 +146,7 @@ def evaluate(
         images=evaluators[0].images if first is None else len(first),
         unreadable=0 if first is None else first.unreadable,
         batch=batch_size,
-        device=str(place),
+        device=str(device_of(opened[0].model)),
         models=tuple(rows),
         notes=tuple(dict.fromkeys(notes)),
         warnings=input_warnings(*opened),

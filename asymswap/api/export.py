@@ -7,15 +7,19 @@ something else is never written. A state dict computes nothing; it holds the mod
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from asymswap.api.progress import Shows, shows_progress
+from asymswap.calibration.agreement import Against
+from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import save_state
+from asymswap.data.inputs import open_inputs, settle_on
 from asymswap.errors import AsymswapError, OutputError, check_choice
-from asymswap.measure import runtimes
+from asymswap.measure import int8, runtimes
 from asymswap.models.converted import original_of
 from asymswap.models.opened import OpenedModel, input_warnings
 from asymswap.models.opening import Model, open_for_verb
@@ -41,6 +45,8 @@ def export(
     form: Form | None = None,
     fuse: bool = True,
     dynamic_size: bool = False,
+    quantize: Literal["int8"] | None = None,
+    calibration: Calibration | None = None,
     force: bool = False,
     seed: int = 0,
     example_inputs: Any = None,
@@ -49,7 +55,9 @@ def export(
     """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
     `form` follows the file's ending by default. With `fuse`, replacements that fuse exactly are fused before. The batch
-    may have any size, with `dynamic_size` height and width too. Raises AsymswapError where the model cannot be
+    may have any size, with `dynamic_size` height and width too. With `quantize` the ONNX file computes in int8, its
+    ranges measured on the inputs of `calibration`; how far it answers as the model does is measured on the inputs that
+    are held back. Raises AsymswapError where the model cannot be
     exported, or the file computes something else.
     """
     path = Path(path)
@@ -60,6 +68,12 @@ def export(
     check_choice("the form", form, SUFFIXES)
     if path.suffix not in SUFFIXES[form]:
         raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
+    if quantize is not None:
+        check_choice("what to quantise to", quantize, ("int8",))
+        if form != "onnx":
+            raise AsymswapError(f"int8 is for ONNX files, and {path} is to be {form}; leave out `quantize=…`")
+    if (quantize is None) != (calibration is None or calibration.data is None):
+        raise AsymswapError("`quantize=int8` goes with `calibration=…`, inputs to measure its ranges on; give both")
     check_output(path, force)
     versions = (
         runtimes.check_installed("ONNX", "onnx", runtimes.ONNX_RUNTIME)
@@ -80,6 +94,12 @@ def export(
     elif not opened.handed_over:
         ready = deep_copy(ready)
     opened = replace(opened, model=ready.eval())
+    inputs, rotated, agreement = None, 0, None
+    if calibration is not None:
+        opened = settle_on(opened, calibration.given())
+        inputs = open_inputs(opened, calibration.given(), calibration.images, calibration.seed)[0]
+        swapped = {swap.site for plan in opened.plans for swap in plan.swaps}
+        rotated = int8.rotate_(ready, swapped)
     progress("exporting", 0, 1)
     checks: list[Check] = []
     dynamic: tuple[str, ...] = ()
@@ -87,6 +107,12 @@ def export(
         dynamic = ("batch", "height", "width") if dynamic_size else ("batch",)
         with whole_file(path) as draft:
             checks = _write_program(opened, form, draft, dynamic_size, seed)
+            if inputs is not None and calibration is not None:
+                progress("quantising", 0, 1)
+                int8.quantize(draft, inputs)
+                agreement = Against(opened, calibration).agreement(
+                    int8.FileModel(draft), partial(progress, "comparing")
+                )
     elif as_original:
         save_state(path, ready)
     else:
@@ -102,6 +128,8 @@ def export(
         fused=fused,
         checks=tuple(checks),
         dynamic=dynamic,
+        int8=agreement,
+        rotated=rotated,
         opset=runtimes.OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,

@@ -219,6 +219,7 @@ def finetune(
         write=lambda path, trained, progress: save_checkpoint(
             path, _with_weights(opened.model, trained.state_dict()), header(progress)
         ),
+        device=opened.device,
     )
     if folder is not None and force and not resume:
         # Not sooner: this run may begin with the old one, and its settings may be impossible.

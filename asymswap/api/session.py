@@ -40,7 +40,7 @@ from asymswap.results.convert import CalibrationRow, DropRow, LatencyRow
 from asymswap.types import Plan, Progress, Site, Swap, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.inputs import portions
-from asymswap.utils.tensors import eval_mode, first_not_finite
+from asymswap.utils.tensors import device_of, eval_mode, first_not_finite
 
 _LEAST = 1e-3  # how near to the least fraction of the MACs
 _STEPS = 40  # fractions at which plans are made, to see what they predict
@@ -81,6 +81,10 @@ class Session:
     def __init__(self, opened: OpenedModel, calibration: Calibration | None = None, clock: Clock | None = None) -> None:
         self.opened, self.calibration, self.clock = opened, calibration, clock or Clock()
         self.team = ALONE if calibration is None else calibration.team
+        if device_of(opened.model).type == "mps":
+            raise AsymswapError(
+                "mps computes nothing in float64, which solving needs: give `device=cpu`, then evaluate or train on mps"
+            )
         self.traced = trace(opened.model, opened.example())
         check_runs(self.traced, opened.model, opened.example())
         norms = [site.norm_behind for site in self.traced.sites if site.norm_behind is not None]

@@ -27,6 +27,7 @@ from asymswap.reporting import format as fmt
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Patches
+from asymswap.utils.tensors import exact_convs
 
 Measure = Literal["macs", "params", "latency"]
 TOLERANCES = {"%": "1%", "dB": "0.1dB"}
@@ -35,6 +36,7 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 @shows_progress
+@exact_convs()
 def sweep(
     model: Model,
     recipes: Sequence[str | Path],
@@ -73,7 +75,9 @@ def sweep(
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     check_finite(opened)
-    opened = settle_for(opened, calibration, data)
+    opened = settle_for(opened, calibration, data).on_device()
+    if timing is not None and opened.device is not None:
+        timing = replace(timing, device=str(opened.device))
     # Before the model runs: a mistake in the data is not to be hidden by one in its input.
     evaluator = None if data is None else evaluator_of(data, opened, crop_border)
     if evaluator is None and (calibration is None or calibration.data is None):

@@ -36,7 +36,7 @@ from asymswap.types import Plan, Progress, Site, UserData, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.files import check_output
 from asymswap.utils.inputs import Inputs, placed, samples_in
-from asymswap.utils.tensors import eval_mode, list_tensors, seeded, store_
+from asymswap.utils.tensors import device_of, eval_mode, list_tensors, seeded, store_
 
 PROBED = 32  # samples on which outputs are compared layer by layer, at most
 UNSEEN = "did not run on the calibration images"  # why a conv without statistics is kept
@@ -127,6 +127,8 @@ def gather_statistics(
         if cache is not None and team.leads:
             save_statistics(cache, found, summary)
     notes += _notes(summary, found, sites)
+    if device_of(opened.model).type != "cpu":
+        notes.append(f"computed on {device_of(opened.model)}")
     if held_back is not None and held_back.shared:
         notes.append("too few samples to hold any back: the agreement is on those calibrated on; give more")
     return Gathered(found, summary, opened, images, held_back, notes)

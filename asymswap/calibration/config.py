@@ -34,8 +34,8 @@ class Calibration:
 
     data: Any = option(
         None,
-        "Choose ranks and weights on images: any folder of them, digits, a folder of class folders, cifar10:PATH "
-        "(cifar100, mnist, fashion-mnist), or a tensor file.",
+        "Images: any folder of them, digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), "
+        "or a tensor file.",
         _PANEL,
         text=True,
     )

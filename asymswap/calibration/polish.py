@@ -290,7 +290,7 @@ def _augmented(images: Tensor, patch: int | None, generator: torch.Generator) ->
     """Return half of the images mirrored; of each a patch at its own place, or all of it, shifted a little."""
     height, width = images.shape[2:]
     sides, far = ((patch, patch), (0, 0)) if patch else ((height, width), (height // _SHIFT, width // _SHIFT))
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     padded = F.pad(images, (far[1], far[1], far[0], far[0]), mode="reflect").permute(0, 2, 3, 1)
     rows, columns = (

@@ -25,8 +25,8 @@ def benchmark(
     memory_format: list[MemoryFormat] | None = option(
         None, "Memory format; can be given twice.", _SETTINGS, shown="both"
     ),
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "Dtype of weights and inputs.", _SETTINGS, shown="the model's own"
+    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+        None, "Precision of weights and inputs.", _SETTINGS, shown="the model's own"
     ),
     rounds: int = option(20, "Maximum number of rounds, in which all take turns.", _TIME, min=1),
     seconds: float = option(60.0, "Time limit in seconds; at least five rounds are run.", _TIME, min=0.1),
@@ -46,7 +46,7 @@ def benchmark(
             batches=batches,
             threads=counts,
             memory_formats=[one.value for one in memory_format or MemoryFormat],
-            dtype=dtype,
+            precision=precision,
             rounds=rounds,
             seconds=seconds,
             layers=layers > 0,

@@ -47,16 +47,16 @@ class _Compared(_Measured):
 MEASURED: Any = Group(_Measured)
 COMPARED: Any = Group(_Compared)
 UNLABELLED: Any = Group(Calibration, given_only=True, only=("patch", "noise", "outputs"))
-CALIBRATION: Any = Group(
-    Calibration,
-    given_only=True,
-    flags={
-        "data": "--calibrate",
-        "images": "--calibration-images",
-        "cache": "--calibration-cache",
-        "polish_steps": "--polish",
-        "memory_gib": "--calibration-memory",
-    },
+_FLAGS = {
+    "data": "--calibrate",
+    "images": "--calibration-images",
+    "cache": "--calibration-cache",
+    "polish_steps": "--polish",
+    "memory_gib": "--calibration-memory",
+}
+CALIBRATION: Any = Group(Calibration, given_only=True, flags=_FLAGS)
+INPUTS: Any = Group(
+    Calibration, given_only=True, flags=_FLAGS, only=("data", "images", "patch", "patches", "noise", "outputs")
 )
 
 

@@ -23,7 +23,6 @@ def evaluate(
     workers: int = option(0, "Number of processes that read images.", o.IMAGES),
     confusions: int = option(10, "Number of confused pairs of classes to report."),
     seed: int = option(0, "Seed of the validation split.", o.IMAGES),
-    cpu: bool = option(False, "Use no GPU."),
     strict: bool = option(False, "Fail on an image that cannot be read instead of skipping it.", o.IMAGES),
     download: bool = o.DOWNLOAD,
     common: o.Common = o.COMMON,
@@ -44,7 +43,6 @@ def evaluate(
             confusions=confusions,
             strict=strict,
             download=download,
-            device="cpu" if cpu else None,
             progress=step,
             **how,
         )

@@ -1,9 +1,11 @@
 """`asymswap export`: a converted model for other programs."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from asymswap.cli import data as d
 from asymswap.cli import options as o
+from asymswap.utils.distributed import ALONE
 from asymswap.utils.options import option
 
 
@@ -15,6 +17,10 @@ def export(
     output: Path | None = option(None, "The file to write.", o.RESULT, flags=o.OUTPUT, shown="<stem>.onnx or .pt2"),
     fuse: bool = option(True, "First fuse replacements that fuse exactly."),
     dynamic_size: bool = option(False, "Accept inputs of any height and width, not only any batch size."),
+    quantize: Literal["int8"] | None = option(
+        None, "int8: measure ranges on --calibrate, then compute in int8.", "int8", shown=False, metavar="int8"
+    ),
+    calibration: Any = d.INPUTS,
     force: bool = o.FORCE,
     common: o.Common = o.EXPORTED,
 ) -> None:
@@ -26,6 +32,15 @@ def export(
     with common.progress() as step:
         from asymswap.api.export import export as run
 
-        model = common.model(checkpoint, step)
-        report = run(model, target, form=to, fuse=fuse, dynamic_size=dynamic_size, force=force, progress=step)
+        report = run(
+            common.model(checkpoint, step),
+            target,
+            form=to,
+            fuse=fuse,
+            dynamic_size=dynamic_size,
+            quantize=quantize,
+            calibration=d.calibration_of(calibration, 0, ALONE, common.task) if quantize or calibration else None,
+            force=force,
+            progress=step,
+        )
     common.show(report)

@@ -44,7 +44,7 @@ def finetune(
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     target = o.target_of(checkpoint, output, o.default_output(str(checkpoint), "tuned"), force or resume)
     with (
-        joined(gpus=not training["cpu"]) as team,
+        joined(gpus=common.device != "cpu") as team,
         shown_training(common.quiet or common.json or not team.leads, in_flags) as shown,
     ):
         import asymswap

@@ -112,6 +112,9 @@ class Common:
         "Task",
         flags=("--task",),
     )
+    device: str | None = option(
+        None, "Where it computes: cpu, cuda, cuda:1 or mps.", _MODEL, shown="images on a GPU if there is one"
+    )
     markdown: bool = option(False, "Print Markdown, for a pull request.")
     json: bool = option(False, "Print JSON instead of tables.")
     quiet: bool = option(False, "Show no progress and print no report.", flags=("--quiet", "-q"))
@@ -148,7 +151,8 @@ class Common:
 
     def _opening(self) -> dict[str, Any]:
         """The options of `asymswap.open_model`."""
-        form, names = "not channels x height x width, such as 3x224x224", ("weights", "arch", "key", "trust_pickle")
+        form = "not channels x height x width, such as 3x224x224"
+        names = ("weights", "arch", "key", "trust_pickle", "device")
         return {name: getattr(self, name) for name in names} | {
             "arguments": parse_pairs("--arg", self.arguments, python=True),
             # With four numbers it is the size of a clip.
@@ -213,14 +217,14 @@ def _common(*opening: str, images: bool = True) -> Any:
     return Group(Common, lambda values: Common(**values), only=only)
 
 
-_OPENING = ("weights", "arch", "key", "arguments", "input_size", "trust_pickle")
+_OPENING = ("weights", "arch", "key", "arguments", "input_size", "trust_pickle", "device")
 COMMON = _common(*_OPENING)
 BESIDE = _common(*_OPENING, "markdown")
 BESIDE_WITHOUT_IMAGES = _common(*_OPENING, "markdown", images=False)
 WITHOUT_IMAGES = _common(*_OPENING, images=False)
 OF_CHECKPOINT = _common("arch", "arguments")
 EXPORTED = _common("arch", "arguments", images=False)
-TRAINED = _common("arch", "arguments", "input_size")
+TRAINED = _common("arch", "arguments", "input_size", "device")
 PRINTING = _common(images=False)
 """The options of `Common` that different commands have."""
 

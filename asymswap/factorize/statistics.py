@@ -61,7 +61,9 @@ class SiteStatistics:
         The gradient of a few hundred images is noisy: no output channel may be given up because of it.
         """
         outputs = self.target_GOD.shape[1]
-        eye_GOO = torch.eye(outputs, dtype=torch.float64).expand(len(self.target_GOD), -1, -1)
+        eye_GOO = torch.eye(outputs, dtype=torch.float64, device=self.target_GOD.device).expand(
+            len(self.target_GOD), -1, -1
+        )
         if self.weight_GOO is None:
             return eye_GOO
         scale = self.weight_GOO.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]

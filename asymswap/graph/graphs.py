@@ -108,8 +108,7 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
             args, kwargs = given
             found.calls[id(module)].append(ModuleCall(args, kwargs, slice(start, len(found.operations))))
 
-    with torch._C.DisableTorchFunction():
-        copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
+    copies = map_tensors(inputs, lambda tensor: tensor.detach().clone().as_subclass(Tensor))
     for tensor in list_tensors(copies):
         setattr(tensor, _MARK, True)
     with ExitStack() as hooks, found:

@@ -22,7 +22,7 @@ from asymswap.graph.graphs import Recording, believed_parts, recording, traceabl
 from asymswap.graph.vocabulary import canonical
 from asymswap.types import Call, ConvSpec, Neighbour, Site, norm_behind
 from asymswap.utils.inputs import Inputs, sizes, with_values
-from asymswap.utils.tensors import additions, deep_copy, hooked, meta_copy, to_meta
+from asymswap.utils.tensors import additions, deep_copy, device_of, hooked, meta_copy, to_meta
 
 Neighbours = tuple[tuple[Neighbour, ...], tuple[Neighbour, ...]]
 
@@ -143,7 +143,7 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str,
             return run(meta_copy(model).eval(), to_meta(inputs))
     try:
         # Some look at values (detection, data-dependent control flow): these are run with numbers.
-        return run(deep_copy(model).eval(), with_values(inputs))
+        return run(deep_copy(model).eval(), with_values(inputs, device_of(model)))
     except Exception as error:
         if not find_convs(model):
             raise TraceError("the model has no Conv2d, so there is nothing to swap") from None

@@ -24,7 +24,7 @@ from asymswap.measure.statistics import wilson_interval
 from asymswap.results.evaluate import OutputAgreement
 from asymswap.types import Call, Plan
 from asymswap.utils.inputs import Inputs, copied, portions, samples_in, sizes, with_values
-from asymswap.utils.tensors import eval_mode, hooked, list_tensors, map_tensors
+from asymswap.utils.tensors import device_of, eval_mode, hooked, list_tensors, map_tensors
 
 _SAME = 1e-4  # largest relative difference of equal outputs: threads may add numbers in another order
 # Peaks of images, and between which root mean squares their pixels are; what is between the two is no image.
@@ -292,7 +292,7 @@ class _StandIn(nn.Module):
 
 def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> None:
     """Raise AsymswapError, with the name, if the model's code would not run a replacement as it runs the module."""
-    filled = with_values(inputs)
+    filled = with_values(inputs, device_of(model))
     try:
         outputs, calls = _run(model, (), names, filled)
     except Exception:

@@ -26,7 +26,7 @@ from asymswap.measure.statistics import median_interval
 from asymswap.measure.timing import MemoryFormat
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
-from asymswap.utils.tensors import deep_copy, eval_mode, hooked, list_tensors, map_tensors, on_threads
+from asymswap.utils.tensors import deep_copy, device_of, eval_mode, hooked, list_tensors, map_tensors, on_threads
 
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -91,15 +91,36 @@ def take_turns(
     return found | {key: [list(map(one, passes)) for passes in found[key]] for key, one in read.items()}
 
 
-def stopwatch(run: Callable[[], Any]) -> Callable[[], float]:
-    """Return a function that calls `run` and returns the seconds that it took."""
+def stopwatch(run: Callable[[], Any], device: str = "cpu") -> Callable[[], float]:
+    """Return a function that calls `run` and returns the seconds that it took, on a GPU by its own events."""
 
     def measure() -> float:
-        start = time.perf_counter()
+        now = clock(device)
+        start = now()
         run()
-        return time.perf_counter() - start
+        return now() - start
 
-    return measure
+    def measure_by_events() -> float:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        return 1e-3 * float(first.elapsed_time(last))
+
+    return measure_by_events if device.startswith("cuda") else measure
+
+
+def clock(device: str) -> Callable[[], float]:
+    """Return a clock that is read once all that a device was given to do is done."""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type)
+
+    def now() -> float:
+        if wait is not None:
+            wait()
+        return time.perf_counter()
+
+    return now
 
 
 def seconds_of(rounds: Passes) -> Seconds:
@@ -171,18 +192,18 @@ def time_layers(
 
 def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
     """Time one pass of a model, and all runs of the named modules in it."""
-    seconds = dict.fromkeys(names, 0.0)
+    seconds, now = dict.fromkeys(names, 0.0), clock(str(device_of(model)))
 
     def enter(name: str, *_: Any) -> None:
-        seconds[name] -= time.perf_counter()
+        seconds[name] -= now()
 
     def leave(name: str, *_: Any) -> None:
-        seconds[name] += time.perf_counter()
+        seconds[name] += now()
 
     with hooked(model, names, before=enter, after=leave):
-        start = time.perf_counter()
+        start = now()
         model(*inputs)
-        whole = time.perf_counter() - start
+        whole = now() - start
     return Timed.of(whole, seconds)
 
 
@@ -221,6 +242,7 @@ def machine() -> dict[str, Any]:
     processor = named[0] if named else platform.processor() or platform.machine()
     return {
         "processor": processor,
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "waiting": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asymswap.types import Call, Cost, Site
 from asymswap.utils.inputs import Inputs, with_values
-from asymswap.utils.tensors import deep_copy, hooked, meta_copy, to_meta
+from asymswap.utils.tensors import deep_copy, device_of, hooked, meta_copy, to_meta
 
 aten = torch.ops.aten
 Shape = Sequence[int]
@@ -47,7 +47,7 @@ def count_costs(model: nn.Module, inputs: Inputs, names: Iterable[str] = ()) -> 
         return _count(meta_copy(model).eval(), to_meta(inputs), names)
     except Exception:
         # A model that looks at values, such as a detector, needs some; other failures happen again.
-        return _count(deep_copy(model).eval(), with_values(inputs), names)
+        return _count(deep_copy(model).eval(), with_values(inputs, device_of(model)), names)
 
 
 def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) -> Costs:

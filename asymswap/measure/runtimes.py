@@ -32,7 +32,7 @@ from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.types import Progress, silent
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import deep_copy, list_tensors, map_tensors, on_threads
+from asymswap.utils.tensors import deep_copy, device_of, list_tensors, map_tensors, on_threads
 
 OPSET = 20
 # Largest difference of outputs from PyTorch's, relative to the largest number among them, or to 1.
@@ -68,8 +68,10 @@ def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], .
         onnx.checker.check_model(str(path), full_check=True)
 
 
-def open_session(path: Path, threads: int | None = None, profile: Path | None = None) -> Any:
-    """Return an InferenceSession of a file on the CPU, by default with its own number of threads.
+def open_session(
+    path: Path, threads: int | None = None, profile: Path | None = None, provider: str = "CPUExecutionProvider"
+) -> Any:
+    """Return an InferenceSession of a file, by default with its own number of threads.
 
     With `profile`, the beginning of a file name, it writes how long every operator takes.
     """
@@ -79,13 +81,13 @@ def open_session(path: Path, threads: int | None = None, profile: Path | None = 
     options.log_severity_level, options.intra_op_num_threads = 3, threads or 0
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=[provider])
 
 
 def forward_in(session: Any, inputs: Inputs) -> Callable[[], Any]:
     """Return a function that runs the file on these inputs."""
     keys = [item.name for item in session.get_inputs()]
-    values = {key: tensor.numpy() for key, tensor in zip(keys, list_tensors(inputs), strict=True)}
+    values = {key: tensor.cpu().numpy() for key, tensor in zip(keys, list_tensors(inputs), strict=True)}
     return lambda: [torch.as_tensor(value) for value in session.run(None, values)]
 
 
@@ -186,14 +188,14 @@ def failing_clearly(what: str) -> Iterator[None]:
 
 
 class Network:
-    """A network as it is deployed: in eval mode on the processor, its batch norms folded where that computes the same.
+    """A network as it is deployed: in eval mode, its batch norms folded where that computes the same.
 
     Of the `example`, one input, only sizes count. `folder` is where its ONNX file is written, once for all settings.
     """
 
     def __init__(self, model: nn.Module, example: Inputs, folder: Path, dtype: torch.dtype | None = None) -> None:
         self._model, self._example, self._folder, self.dtype = model, example, folder, dtype
-        self._copies: dict[MemoryFormat, nn.Module] = {}
+        self._copies: dict[tuple[MemoryFormat, str], nn.Module] = {}
         self.exporting = 0.0  # seconds that it took to write the ONNX file
         self._unwritten: AsymswapError | None = None
         # As detectors do: which boxes they keep jumps where scores are close.
@@ -201,8 +203,7 @@ class Network:
 
     @functools.cached_property
     def _folded(self) -> nn.Module:
-        elsewhere = any(parameter.device.type != "cpu" for parameter in self._model.parameters())
-        model = deep_copy(self._model).to("cpu") if elsewhere else self._model
+        model = self._model if device_of(self._model).type == "cpu" else deep_copy(self._model).to("cpu")
         plain, folded = swap(model, {}, share=True).eval(), fold_norms(model, self._example)
         if self.takes_lists or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             return folded
@@ -212,21 +213,24 @@ class Network:
         return folded if largest <= allowed else plain
 
     def placed(self, setting: Setting) -> tuple[nn.Module, Inputs]:
-        """Return the network in a memory format, and random inputs, the same ones every time."""
+        """Return the network on a device in a memory format, and random inputs, the same ones every time."""
         form: MemoryFormat = "channels-last" if setting.memory_format == "channels-last" else "contiguous"
-        if form not in self._copies:
+        place = form, setting.device
+        if place not in self._copies:
             # A copy is only made where something changes: networks to be timed may share their weights.
             ready = all(
-                one.device.type == "cpu"
+                one.device == torch.device(setting.device)
                 and (self.dtype in (None, one.dtype) or not one.is_floating_point())
                 and (one.dim() != 4 or one.is_contiguous(memory_format=FORMATS[form]))
                 for one in (*self._folded.parameters(), *self._folded.buffers())
             )
-            self._copies[form] = self._folded if ready else in_format(self._folded, form).to("cpu", self.dtype)
+            moved = self._folded if ready else in_format(self._folded, form).to(setting.device, self.dtype)
+            self._copies[place] = moved
         example: Inputs = map_tensors(
             self._example, lambda one: one.to(self.dtype or one.dtype) if one.is_floating_point() else one
         )
-        return self._copies[form], inputs_like(example, form, setting.batch)
+        inputs = inputs_like(example, form, setting.batch)
+        return self._copies[place], map_tensors(inputs, lambda one: one.to(setting.device))
 
     def onnx(self) -> Path:
         """Write the network's ONNX file, for any batch size, unless it is there; raise AsymswapError if impossible."""
@@ -260,6 +264,7 @@ class Runtime(ABC):
     pool: ClassVar[str] = "torch"  # the library whose threads compute
     has_formats: ClassVar[bool] = False  # the memory format of weights and inputs is the caller's to choose
     takes_time: ClassVar[bool] = True  # to make a network ready
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
     @property
     def title(self) -> str:
@@ -272,11 +277,14 @@ class Runtime(ABC):
     def setting(self, timing: Timing) -> Setting:
         """Return the setting in this runtime that a timing asks for."""
         form = timing.memory_format if self.has_formats else None
-        return Setting(self.name, timing.batch, timing.threads or torch.get_num_threads(), form)
+        threads = timing.threads or torch.get_num_threads()
+        return Setting(self.name, timing.batch, threads, form, device=timing.device)
 
     def prepare(self, network: Network, setting: Setting) -> Turn:
         """Make a network ready, and check once that it computes what it does in PyTorch; raise AsymswapError if not."""
         version = self.version()
+        if torch.device(setting.device).type not in self.devices:
+            raise AsymswapError(f"{self.title} runs on {' and '.join(self.devices)} here, not on {setting.device}")
         module, inputs = network.placed(setting)
         with on_threads(setting.threads):
             with torch.inference_mode():
@@ -288,7 +296,7 @@ class Runtime(ABC):
                 with torch.inference_mode():
                     self.check(network, setting, once, expected)
         version += f" (in {precision})" if precision else ""
-        return Turn(stopwatch(once), setting.threads, self.pool, version=version, ready=ready)
+        return Turn(stopwatch(once, setting.device), setting.threads, self.pool, version=version, ready=ready)
 
     @abstractmethod
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
@@ -313,6 +321,7 @@ class Torch(Runtime):
     """PyTorch as it is; layers are timed by hooks, which take some microseconds each."""
 
     name = "torch"
+    devices = ("cpu", "cuda", "mps")
     has_formats = True
     takes_time = False
 
@@ -343,6 +352,7 @@ class Compile(Runtime):
     """torch.compile, in its default mode, for each size, memory format and number of threads."""
 
     name = "compile"
+    devices = ("cpu", "cuda", "mps")
     has_formats = True
 
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
@@ -355,17 +365,31 @@ class OnnxRuntime(Runtime):
 
     name = pool = "onnxruntime"
     extra, needs = "onnx", ONNX_RUNTIME
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    providers: ClassVar[Mapping[str, str]] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+    def provider(self, device: str) -> str:
+        """Return what runs a file there; raise AsymswapError where this onnxruntime has no such thing."""
+        import onnxruntime
+
+        found = self.providers[torch.device(device).type]
+        if found not in onnxruntime.get_available_providers():
+            raise AsymswapError(f"this onnxruntime has no {found}; pip install onnxruntime-gpu in its place")
+        return found
+
+    def _session(self, path: Path, setting: Setting, profile: Path | None = None) -> Any:
+        return open_session(path, setting.threads, profile, self.provider(setting.device))
 
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
         with failing_clearly(self.title):
-            session = open_session(network.onnx(), setting.threads)
+            session = self._session(network.onnx(), setting)
         return forward_in(session, network.placed(setting)[1]), ""
 
     def probe(self, network: Network, setting: Setting, names: Sequence[str]) -> Turn:
         path = network.onnx()
         owners = layers_of(path, names)
         with failing_clearly(self.title):
-            session = open_session(path, setting.threads, profile=path.with_suffix(""))
+            session = self._session(path, setting, path.with_suffix(""))
         run, number = forward_in(session, network.placed(setting)[1]), itertools.count()
 
         def measure() -> int:
@@ -387,6 +411,19 @@ class OnnxRuntime(Runtime):
             return found
 
         return Turn(measure, setting.threads, self.pool, lambda place: passes()[place])
+
+
+class TensorRt(OnnxRuntime):
+    """TensorRT, as a part of ONNX Runtime, on the same file; the copies to and from the GPU count."""
+
+    name = "tensorrt"
+    devices = ("cuda",)
+    providers: ClassVar[Mapping[str, str]] = {"cuda": "TensorrtExecutionProvider"}
+
+    def version(self) -> str:
+        found = super().version()
+        self.provider("cuda")
+        return found
 
 
 class OpenVino(Runtime):
@@ -445,7 +482,7 @@ class OpenVino(Runtime):
         return once, program, request
 
 
-RUNTIMES: Mapping[str, Runtime] = {kind.name: kind() for kind in (Torch, Compile, OnnxRuntime, OpenVino)}
+RUNTIMES: Mapping[str, Runtime] = {kind.name: kind() for kind in (Torch, Compile, OnnxRuntime, TensorRt, OpenVino)}
 
 
 def installed(names: Sequence[str]) -> list[str]:

@@ -9,7 +9,11 @@ from asymswap.results.benchmark import TITLES
 from asymswap.utils.options import option
 
 MemoryFormat = Literal["channels-last", "contiguous"]
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The names of torch's dtypes."""
 _PANEL = "Time"
+_TENSOR_CORES = 8  # numbers that they take at once in half precision
 
 
 # No `from __future__ import annotations` here: the command line needs the types of the fields.
@@ -28,14 +32,25 @@ class Timing:
     batch: int = option(1, "Batch size.", _PANEL)
     rounds: int = option(20, "Maximum number of rounds, in which all take turns.", _PANEL)
     threads: int | None = option(None, "Threads of a forward pass.", _PANEL, shown="torch's own number")
+    precision: Precision | None = option(
+        None, "Precision of weights and inputs: fp32, bf16 or fp16.", _PANEL, shown="the model's own", metavar="NAME"
+    )
     cache: Path | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Raise AsymswapError for what cannot be measured."""
         check_choice("the runtime", self.runtime, TITLES)
         check_choice("the memory format", self.memory_format, get_args(MemoryFormat))
+        if self.precision is not None:
+            check_choice("the precision", self.precision, get_args(Precision))
         if min(self.batch, self.rounds, 1 if self.threads is None else self.threads) < 1:
             threads = "" if self.threads is None else f" on {self.threads} threads"
             raise AsymswapError(
                 f"batches of {self.batch} in {self.rounds} rounds{threads} measure nothing; give 1 or more"
             )
+
+    @property
+    def multiple(self) -> int | None:
+        """What ranks should be multiples of; None where the kind of conv decides alone."""
+        return _TENSOR_CORES if self.device.startswith("cuda") and self.precision in ("bf16", "fp16") else None

@@ -1,7 +1,9 @@
 """A model that has been opened: the module with its origin, its preprocessing and example inputs."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from asymswap.models.preprocessing import size_warning
 from asymswap.types import Fed, Origin, Plan, Preprocessing
 from asymswap.utils import inputs as made_inputs
 from asymswap.utils.inputs import Inputs
+from asymswap.utils.tensors import deep_copy, device_of, map_tensors
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class OpenedModel:
     build, `base` the unconverted model where the user gave it. `private`: no code but ours, torch's and torchvision's
     made it, so that nobody else holds its tensors; `handed_over`: the caller needs it for one verb only, whose result
     may share its tensors. `seconds` is how long the opening took. `fed` is for a report, and says how images are
-    prepared once that is settled on some; `fed_warnings` are for its first lines.
+    prepared once that is settled on some; `fed_warnings` are for its first lines. `device` is the one that the user
+    asked for; where none is, `on_device` decides.
     """
 
     model: nn.Module
@@ -48,6 +52,7 @@ class OpenedModel:
     example_inputs: Inputs | None = field(default=None, repr=False)
     fed: Fed | None = None
     fed_warnings: tuple[str, ...] = ()
+    device: torch.device | None = None
 
     def __repr__(self) -> str:
         return visible(f"<OpenedModel {self.reference}: {self.origin.reference}, weights {self.weights}>")
@@ -61,6 +66,19 @@ class OpenedModel:
         """Return the header of a checkpoint of this model."""
         return Header(self.origin, self.plans, self.preprocessing, self.provenance, self.skeleton)
 
+    def on_device(self) -> OpenedModel:
+        """Return it where images run: on the device asked for, else where it is, or on a GPU rather than on the CPU.
+
+        A module that is elsewhere is copied, not moved.
+        """
+        own, wanted = device_of(self.model), self.device
+        if wanted is None and own.type == "cpu" and torch.cuda.is_available():
+            wanted = torch.device("cuda", torch.cuda.current_device())
+        if wanted in (None, own):
+            return self
+        example = map_tensors(self.example_inputs, lambda tensor: tensor.to(wanted))
+        return replace(self, model=deep_copy(self.model).to(wanted), example_inputs=example)
+
     def example(self) -> Inputs:
         """Return one input of the right size and dtype: enough to trace and to count; on the meta device if made."""
         return self.example_inputs or made_inputs.example(self.preprocessing, self.dtype())
@@ -69,7 +87,8 @@ class OpenedModel:
         """Return inputs to run: a number of random images by the seed, or the user's example as often as that."""
         if self.example_inputs is not None:
             return made_inputs.repeated(self.example_inputs, images)
-        return made_inputs.probe(self.preprocessing, dtype or self.dtype(), images, seed)
+        made = made_inputs.probe(self.preprocessing, dtype or self.dtype(), images, seed)
+        return tuple(map_tensors(one, lambda tensor: tensor.to(device_of(self.model))) for one in made)
 
     def takes(self) -> str:
         """Return the size of one input: `3x224x224`, or of every tensor of the user's example."""

@@ -28,7 +28,7 @@ from asymswap.results.records import read_provenance
 from asymswap.types import Origin, Progress, Shown, silent
 from asymswap.utils.files import fail_if_modified
 from asymswap.utils.inputs import arguments_of, placed
-from asymswap.utils.tensors import meta_copy
+from asymswap.utils.tensors import find_device, meta_copy
 
 FILE_SUFFIXES = (
     ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch", ".json",
@@ -79,6 +79,7 @@ def open_model(
     input_size: tuple[int, ...] | None = None,
     example_inputs: Any = None,
     preprocessing: PreprocessingOptions | None = None,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> OpenedModel:
     """Open a model once, for any number of verbs; what is read or built is in eval mode, a module stays as it is.
@@ -93,12 +94,14 @@ def open_model(
     - `trust_pickle`: let a pickle run its code;
     - `input_size`: (channels, height, width) of one image, for a clip (channels, frames, height, width);
     - `example_inputs`: arguments of one forward pass in place of `input_size`: a tensor, a tuple, or a dict by name;
-    - `preprocessing`: how images are prepared, where that is not what weights, family or file say.
+    - `preprocessing`: how images are prepared, where that is not what weights, family or file say;
+    - `device`: where verbs let it run, as `cpu`, `cuda` or `cuda:1`. By default images run on a GPU if there is one,
+      and all else where the module is.
 
     A package or a Python file that a reference names is run, which can do whatever you can; what a file names is not.
     Raises SourceError where there is no such model, CheckpointError for a damaged asymswap checkpoint.
     """
-    start = time.perf_counter()
+    start, place = time.perf_counter(), None if device is None else find_device(device)
     if isinstance(arch, nn.Module) and arguments:
         raise SourceError(f"`arch=…` is a module already, so the argument {next(iter(arguments))!r} changes nothing")
     said: dict[str, Any] = {"arch": arch, "weights": weights, "key": key, "trust_pickle": trust_pickle}
@@ -139,7 +142,8 @@ def open_model(
     if preprocessing is not None:
         prepared = preprocessing.apply(prepared)
     seconds = opened.seconds + time.perf_counter() - start
-    return replace(opened, preprocessing=prepared, example_inputs=example, seconds=seconds)
+    place = place or opened.device
+    return replace(opened, preprocessing=prepared, example_inputs=example, seconds=seconds, device=place)
 
 
 def open_for_verb(

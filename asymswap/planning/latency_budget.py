@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from torch import nn
 
 from asymswap.errors import AsymswapError, OutputError, RecipeError
 from asymswap.measure.latency import Passes, Timed, in_format, machine, ratio_of, seconds_of, take_turns, time_layers
 from asymswap.measure.runtimes import RUNTIMES, Network
-from asymswap.measure.timing import Timing
+from asymswap.measure.timing import DTYPES, Timing
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.plan import Choices, CostModel, choose
 from asymswap.results.convert import LatencyRow, TimeRow
@@ -42,6 +43,7 @@ class Bench:
         self.runtime, self._example, self._progress = RUNTIMES[timing.runtime], example, progress
         self.version = self.runtime.version()
         self.setting, self._rounds = self.runtime.setting(timing), timing.rounds
+        self._dtype = timing.precision and getattr(torch, DTYPES[timing.precision])
         self.original = in_format(model, timing.memory_format if self.runtime.has_formats else "contiguous")
 
     def measure(
@@ -49,7 +51,7 @@ class Bench:
     ) -> tuple[dict[str, Passes], dict[str, Timed]]:
         """Time models in turn, as a `whole` if asked for, and the named modules that all of them have."""
         with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
-            networks = {key: Network(model, self._example, Path(folder)) for key, model in models.items()}
+            networks = {key: Network(model, self._example, Path(folder), self._dtype) for key, model in models.items()}
             passes: dict[str, Passes] = {}
             if whole:
                 turns = {key: self.runtime.prepare(network, self.setting) for key, network in networks.items()}
@@ -102,7 +104,7 @@ def plan_in_time(
         times = TimeRow(timing.runtime, bench.version, before, after, ratio)
         how = timing.memory_format, bench.setting.batch, bench.setting.threads, machine()["processor"]
         wanted = budget.seconds or budget.fraction
-        row = LatencyRow((times,), *how, wanted, tuple(undone), budget.seconds is not None)
+        row = LatencyRow((times,), *how, wanted, tuple(undone), budget.seconds is not None, timing.device)
         slower = {}
         for swap in plan.swaps:
             was, now = (layers[key].modules[swap.site] for key in models)
@@ -144,7 +146,7 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
 
     What the table's file lacks is timed, and written to it where it can be written.
     """
-    about = {**machine(), **vars(bench.setting), "version": bench.version}
+    about = {**machine(), **vars(bench.setting), "version": bench.version, "precision": timing.precision}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     given = os.environ.get("XDG_CACHE_HOME")
     folder = timing.cache or (Path(given) if given else Path.home() / ".cache") / "asymswap"

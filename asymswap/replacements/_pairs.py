@@ -136,7 +136,7 @@ class Pair(Replacement):
             errors = _left(svd.energies(svd.as_matrix(original.conv.weight, site.conv.groups, form.vertical_first)))
         else:
             problem = covariance.arrange(statistics, site.conv.kernel, form.vertical_first)
-            plain = replace(problem, p_GOO=torch.eye(site.conv.group_out, dtype=torch.float64)[None])
+            plain = replace(problem, p_GOO=torch.eye(site.conv.group_out).to(problem.p_GOO)[None])
             errors = _left(covariance.energies(plain))
             if statistics.weight_GOO is not None:
                 weighted = covariance.energies(problem)

@@ -11,7 +11,7 @@ from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import percent_of, render
 from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, kept_lines
 from asymswap.results.convert import FusionRow, Report, SiteRow
-from asymswap.results.evaluate import OutputAgreement
+from asymswap.results.evaluate import Agreement, OutputAgreement
 from asymswap.results.records import Provenance, to_json
 from asymswap.types import MACS
 
@@ -141,8 +141,7 @@ def report_view(report: Report, width: int | None) -> Screen:
 
 def _verdicts(report: Report) -> list[str]:
     """Return what was allowed to be lost and what was lost, and how far the network answers as the original."""
-    drop, agreement = report.drop, report.agreement
-    lines = []
+    drop, lines = report.drop, []
     if drop is not None:
         inputs = drop.data if drop.samples is None else f"{drop.samples:,} inputs"
         ends = "" if drop.interval is None else " to ".join(fmt.lost(end, drop) for end in drop.interval)
@@ -151,11 +150,16 @@ def _verdicts(report: Report) -> list[str]:
             f"on {inputs}{f' ({ends} with 95 % confidence)' if ends else ''}, at {drop.share:.3f} of the MACs, after "
             f"{fmt.plural(drop.solves, 'solve')}{', with the smallest swap everywhere' if drop.smallest else ''}."
         )
-    if agreement is not None and agreement.outputs:
-        figures = [f"{one.output}: {_agreed(one)}".removeprefix(": ") for one in agreement.outputs]
-        inputs = fmt.plural(agreement.samples, "held-back input")
-        lines.append(f"Agreement with the original on {inputs}: {listed(figures, 6)}.")
-    return lines
+    return lines + agreement_lines(report.agreement, "the original")
+
+
+def agreement_lines(agreement: Agreement | None, other: str) -> list[str]:
+    """Return how far a network answers as the other one does."""
+    if agreement is None or not agreement.outputs:
+        return []
+    figures = [f"{one.output}: {_agreed(one)}".removeprefix(": ") for one in agreement.outputs]
+    inputs = fmt.plural(agreement.samples, "held-back input")
+    return [f"Agreement with {other} on {inputs}: {listed(figures, 6)}."]
 
 
 def _agreed(one: OutputAgreement) -> str:

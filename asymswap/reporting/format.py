@@ -85,6 +85,7 @@ def runtime(name: str) -> str:
 def setting(row: Setting | LatencyRow, where: str | None = None) -> str:
     """Return in which runtime something ran, and how; in several, the memory format is PyTorch's."""
     name = runtime(row.runtime if isinstance(row, Setting) else where or "")
+    name += "" if row.device == "cpu" else f" on {row.device}"
     return ", ".join(filter(None, (name, f"batch {row.batch}", row.memory_format, plural(row.threads, "thread"))))
 
 

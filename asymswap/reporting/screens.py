@@ -11,7 +11,7 @@ from rich.text import Text
 
 from asymswap.models.preprocessing import fed, size_warning
 from asymswap.reporting import format as fmt
-from asymswap.reporting.convert import fusion_table, headline
+from asymswap.reporting.convert import agreement_lines, fusion_table, headline
 from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, facts, kept_lines, score_column
 from asymswap.results.convert import ExportReport, FusionReport
 from asymswap.results.evaluate import ClassRow, EvaluationReport
@@ -163,15 +163,18 @@ def fusion_view(report: FusionReport, width: int | None = None) -> Screen:
 
 def export_view(report: ExportReport, width: int | None = None) -> Screen:
     """Return the file, which of its sizes may vary, and the differences from PyTorch."""
+    compared = "against PyTorch" if report.int8 is None else "before, in float"
     known = [
         ("form", report.form + (f", opset {report.opset}" if report.opset is not None else "")),
         ("any size", ", ".join(report.dynamic) or "none"),
         ("fused before", f"{report.fused} replacements"),
         ("run by", ", ".join((report.runner, *report.versions))),
-        *(("against PyTorch", f"{check.largest:.1e} at most on {check.inputs}") for check in report.checks),
+        *((compared, f"{check.largest:.1e} at most on {check.inputs}") for check in report.checks),
+        *([] if report.int8 is None else [("rotated before", f"{report.rotated} pairs, for int8")]),
         *(("written", f"{file.path} ({fmt.size(file.bytes)})") for file in report.files),
     ]
-    return Screen(f"{report.model} exported", report.warnings, [[facts(known)]], width=width)
+    lines = [f"In int8. {line}" for line in agreement_lines(report.int8, "the model")]
+    return Screen(f"{report.model} exported", report.warnings, [lines, [facts(known)]], width=width)
 
 
 def plan_view(plan: Plan, width: int | None = None) -> Screen:

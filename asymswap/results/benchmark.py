@@ -1,10 +1,16 @@
 """What a benchmark measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from asymswap.types import Cost, Ratio, Seconds, Shown
 
-TITLES = {"torch": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+TITLES = {
+    "torch": "PyTorch",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "openvino": "OpenVINO",
+}
 """The runtimes by their names."""
 
 
@@ -26,6 +32,7 @@ class Setting:
     batch: int
     threads: int
     memory_format: str | None  # None for a runtime with its own
+    device: str = field(default="cpu", kw_only=True)
 
 
 @dataclass(frozen=True)

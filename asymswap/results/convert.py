@@ -100,6 +100,7 @@ class LatencyRow:
     wanted: float | None = None  # what a budget asked for in the first of the runtimes: a fraction, or seconds
     undone: tuple[str, ...] = ()  # convs whose swaps were slower, and were taken back
     in_seconds: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,8 @@ class ExportReport(Shown, view="screens.export_view"):
     fused: int  # replacements fused before
     checks: tuple[Check, ...]
     dynamic: tuple[str, ...] = ()  # dimensions of inputs that may have any size
+    int8: Agreement | None = None  # of the file with the model
+    rotated: int = 0  # pairs whose channels in between were mixed before
     opset: int | None = None
     files: tuple[FileRow, ...] = ()
     versions: tuple[str, ...] = ()

@@ -84,7 +84,6 @@ class Training:
     temperature: float = option(4.0, "Temperature: class scores are divided by it.", _TEACHER)
     distill_features: float = option(0.0, "Weight of the error of outputs of blocks with swapped layers.", _TEACHER)
     save_every: int | None = option(None, "Save after every this many steps, not only epochs.", _RESULT)
-    cpu: bool = option(False, "Use no GPU.", None)
     channels_last: bool = True
     deterministic: bool = True
 
@@ -134,8 +133,9 @@ class Training:
 
 def check_same(given: Mapping[str, Any], stored: Mapping[str, Any], folder: object) -> None:
     """Raise AsymswapError, naming each difference, for a run that is resumed with other settings."""
-    # Earlier versions had this option; for one process it made no difference.
-    names = [name for name in {**stored, **given} if name != "sync_bn" or stored.get("processes") != 1]
+    # Earlier versions had these options; for one process `sync_bn` made no difference.
+    dropped = {"cpu"} | ({"sync_bn"} if stored.get("processes") == 1 else set())
+    names = [name for name in {**stored, **given} if name not in dropped]
     differing = [name for name in names if given.get(name) != stored.get(name)]
     if differing:
         listed = ", ".join(f"`{name}={given.get(name)}` (was {stored.get(name)})" for name in differing)

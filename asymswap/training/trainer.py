@@ -79,10 +79,11 @@ class Trainer:
     folder: RunFolder | None
     callback: Callback
     write: Callable[[Path, nn.Module, Progress], None]
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         settings, team, source = self.settings, self.team, self.source
-        self.accelerator = make_accelerator(settings, team, all_used=self.objective.labels)
+        self.accelerator = make_accelerator(settings, team, self.device, all_used=self.objective.labels)
         self.progress = Progress()
         self.best: Mapping[str, Tensor] | None = None
         device = self.accelerator.device
@@ -334,19 +335,25 @@ class Trainer:
             self.best = {**best.state, **best.extra}
 
 
-def make_accelerator(settings: Training, team: Team, all_used: bool = True) -> Any:
-    """Return accelerate's Accelerator; `all_used`: every trained weight has a part in every loss."""
+def make_accelerator(settings: Training, team: Team, device: torch.device | None = None, all_used: bool = True) -> Any:
+    """Return accelerate's Accelerator, by default on a GPU if there is one.
+
+    `all_used`: every trained weight has a part in every loss.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import patch_environment
 
     # One process may train several times, and accelerate keeps the first run's precision for good.
     AcceleratorState._reset_state(reset_partial_state=True)
     # Several processes without GPUs would each train on its own if accelerate did not know that this is meant.
-    cpu = settings.cpu or (team.size > 1 and not torch.cuda.is_available())
+    cpu = device == torch.device("cpu") or (team.size > 1 and not torch.cuda.is_available())
+    given = {} if device is None or team.size > 1 else {"ACCELERATE_TORCH_DEVICE": str(device)}
     try:
         mixed = "no" if settings.precision == "fp32" else settings.precision
         parallel = DistributedDataParallelKwargs(find_unused_parameters=not all_used)
-        accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel])
+        with patch_environment(**given):
+            accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel])
     except ValueError as error:
         raise AsymswapError(
             f"`precision={settings.precision}` is not available here ({reason_of(error)}); try bf16 or fp32"

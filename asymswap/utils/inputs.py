@@ -33,12 +33,13 @@ def probe(preprocessing: Preprocessing, dtype: torch.dtype, images: int = 2, see
     return _make(preprocessing, images, lambda *shape: draw(*shape, generator=generator).to(dtype))
 
 
-def with_values(inputs: Inputs) -> Inputs:
-    """Return the inputs with random numbers from 0 to 1, always the same, in place of meta tensors."""
+def with_values(inputs: Inputs, device: torch.device | None = None) -> Inputs:
+    """Return the inputs on a device, with random numbers from 0 to 1, always the same, in place of meta tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
-        return torch.rand(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_meta else tensor
+        tensor = torch.rand(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_meta else tensor
+        return tensor.to(device)
 
     return tuple(map_tensors(one, fill) for one in inputs)
 

@@ -91,6 +91,42 @@ def loose_tensors(model: nn.Module) -> list[Tensor]:
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
 
 
+def find_device(name: str) -> torch.device:
+    """Return the device of this name; raise AsymswapError where it is none, or not there."""
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    counts["mps"] = int(torch.backends.mps.is_available())
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    number = device.index or 0
+    if number >= counts.get(device.type, 0):
+        there = [kind if count == 1 else f"{kind}:{n}" for kind, count in counts.items() for n in range(count)]
+        raise AsymswapError(f"`device={name}` is not there; this machine has {', '.join(there)}")
+    return torch.device(device.type) if device.type == "cpu" else torch.device(device.type, number)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the first parameter or buffer of a model is."""
+    every = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in every), torch.device("cpu"))
+
+
+@contextmanager
+def exact_convs() -> Iterator[None]:
+    """Let GPUs compute convs in float32 while the block lasts, and not in TF32, as they do unless told otherwise."""
+    cudnn: Any = torch.backends.cudnn
+    parts = (cudnn.conv, cudnn.rnn) if torch.cuda.is_available() else ()  # torch wants the two alike
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
+
+
 def store_(target: Tensor, numbers: Tensor) -> None:
     """Copy numbers into a tensor, in place, clamped to the range of its dtype."""
     limits = torch.finfo(target.dtype)

@@ -608,6 +608,7 @@ def markdown(book: Book, args: argparse.Namespace) -> str:
 def draw(book: Book, args: argparse.Namespace) -> str:
     """Draw the picture; returns what there is to say about it."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
@@ -615,6 +616,7 @@ def draw(book: Book, args: argparse.Namespace) -> str:
         return f"no picture {args.picture}: it needs matplotlib (pip install matplotlib)"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # more than the usual ten
     budgets = sorted(args.budgets)
     axes.axhline(100 * book.data["setting"]["original"], color="black", linewidth=0.8, linestyle=":", label="original")
     for name in shown(book):

@@ -141,7 +141,7 @@ class TestFigures:
             seen.update((x.dtype, conv.weight.dtype))
             return 1
 
-        found = run(Work(clock, takes), rounds=1, dtype="bfloat16")
+        found = run(Work(clock, takes), rounds=1, precision="bf16")
         assert seen == {torch.bfloat16}
         assert found.dtype == "bfloat16"
         assert run(Work(clock, constant(1)), rounds=1).dtype == "float32"
@@ -152,7 +152,7 @@ class TestFigures:
         assert data["results"][1]["ratio"] == {"value": 0.5, "low": 0.5, "high": 0.5, "confidence": 0.9375}
         assert data["results"][1]["rounds"] == [1.0] * 5
         assert data["settings"][0] == {
-            "runtime": "torch", "batch": 1, "threads": 1, "memory_format": "channels-last",
+            "runtime": "torch", "batch": 1, "threads": 1, "memory_format": "channels-last", "device": "cpu",
         }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_training_is_shown_in_a_terminal_alone(capfd: pytest.CaptureFixture[str]
     conversion = asymswap.convert("digits-resnet", "3x3-only", progress=False)
 
     def tune(**options: Any) -> None:
-        asymswap.finetune(conversion, "digits", asymswap.Training(steps=1, workers=0, cpu=True), **options)
+        asymswap.finetune(conversion, "digits", asymswap.Training(steps=1, workers=0), **options)
 
     assert "epoch 1/1: loss " in on_terminal(100, tune)
     assert on_terminal(100, lambda: tune(progress=False)) == ""

@@ -63,7 +63,7 @@ def test_it_depends_on_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "evaluate")
     assert in_flags('`data=…`, `part="validation"`') == "--data, --part validation"
     run(monkeypatch, "export")
-    assert in_flags('`form="pt2"`, `fuse=False`, `data=…`') == "--to pt2, --no-fuse, `data=…`"
+    assert in_flags('`form="pt2"`, `fuse=False`, `rank=…`') == "--to pt2, --no-fuse, `rank=…`"
     run(monkeypatch, "benchmark")
     assert in_flags("`runtimes=['torch', 'onnxruntime']`") == "--runtime torch --runtime onnxruntime"
 

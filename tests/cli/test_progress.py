@@ -62,7 +62,7 @@ QUIET = [
     "benchmark digits-resnet --rounds 1 --layers 0",
     "sweep digits-resnet --recipe half-macs --macs 0.5 --evaluate digits",
     "evaluate digits-resnet --data digits",
-    "finetune digits-resnet.asym.pt --data digits --steps 1 --workers 0 --cpu",
+    "finetune digits-resnet.asym.pt --data digits --steps 1 --workers 0 --device cpu",
     "fuse offset.pt",
     "export offset.pt --to state-dict",
 ]

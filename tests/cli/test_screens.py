@@ -65,7 +65,7 @@ RESULTS = {
     "benchmark": "benchmark digits-resnet digits.pt --threads 1 --layers 3",
     "sweep": "sweep digits-resnet --recipe half-macs --recipe last.toml --macs 0.6,0.4,0.1 --evaluate digits",
     "evaluate": "evaluate digits-resnet digits.pt --data digits",
-    "finetune": "finetune digits.pt --data digits --steps 8 --workers 0 --cpu",
+    "finetune": "finetune digits.pt --data digits --steps 8 --workers 0 --device cpu",
     "fuse": "fuse moved.pt",
     "export": "export digits.pt --to pt2",
 }

@@ -227,7 +227,7 @@ ONE_CONV = "one.toml"
 """A recipe for one conv; a case that names it has it beside its files."""
 _ONE_CONV = b'[[rules]]\nmatch = { names = "layer1.0.conv1" }\nswap = { kind = "separable", rank = 4 }\n'
 _SWEEP = ("--recipe", "half-macs", "--evaluate", "digits", "--macs", "0.6")
-_TRAIN = ("--data", "digits", "--steps", "2", "--save-every", "1", "--workers", "0", "--cpu", "--run", "run")
+_TRAIN = ("--data", "digits", "--steps", "2", "--save-every", "1", "--workers", "0", "--device", "cpu", "--run", "run")
 
 
 def _call(*arguments: str) -> None:

@@ -120,6 +120,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 EVERY = [
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.programs, needs_compiler] if name == "compile" else [])
     for name in RUNTIMES
+    if "cpu" in RUNTIMES[name].devices
 ]
 WITH_LAYERS = ["torch", "onnxruntime", "openvino"]
 

@@ -338,9 +338,7 @@ def test_a_module_handed_over_goes_on_without_its_class(nets: Path) -> None:
     twice = asymswap.convert(conversion, "acnet", input_size=(1, 8, 8))
     assert {row.site: row.outcome for row in asymswap.fuse(twice).report.sites} == {"next": "left", "conv": "fused"}
     assert asymswap.export(asymswap.fuse(twice), "twice.onnx").fused == 0
-    tuned = asymswap.finetune(
-        twice, "digits", asymswap.Training(steps=1, batch_size=8, workers=0, cpu=True), preprocessing=fed
-    )
+    tuned = asymswap.finetune(twice, "digits", asymswap.Training(steps=1, batch_size=8, workers=0), preprocessing=fed)
     assert asymswap.export(tuned, "tuned.onnx").fused > 0
     assert len(asymswap.evaluate([conversion, twice, tuned, fusion], "digits", preprocessing=fed).models) == 4
     assert len(asymswap.compare([given, conversion, tuned], input_size=(1, 8, 8)).models) == 3

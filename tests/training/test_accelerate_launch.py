@@ -12,7 +12,7 @@ import pytest
 
 import asymswap
 
-# `--multi_gpu` is what starts several processes, on CPUs too; with `--cpu` accelerate starts a single one.
+# `--multi_gpu` is what starts several processes, on CPUs too; with `--device cpu` accelerate starts a single one.
 LAUNCH = (
     "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "asymswap",

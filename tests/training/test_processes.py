@@ -107,7 +107,7 @@ def test_a_killed_worker_is_started_again_from_the_last_saving(start: Path) -> N
 
 def test_one_process_has_no_batch_statistics_to_share(start: Path) -> None:
     folder = start.parent
-    options = ("--data", "few.pt", "--steps", "2", "--validation", "none", "--cpu", "-o", "alone.pt")
+    options = ("--data", "few.pt", "--steps", "2", "--validation", "none", "--device", "cpu", "-o", "alone.pt")
     done = forked(CLI, "finetune", start, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "batch statistics" not in done.stderr + done.stdout

@@ -504,7 +504,7 @@ def test_half_precision(start: Start) -> None:
     assert report.best["loss"] < report.before["loss"]
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(start / "out.pt").values())
     with pytest.raises(AsymswapError, match=r"`precision=fp16` needs a GPU; use bf16 or fp32"):
-        start.train("half.pt", Training(steps=1, precision="fp16", cpu=True))
+        start.train("half.pt", Training(steps=1, precision="fp16"))
 
 
 def test_weights_of_half_precision_are_trained_in_full_and_stored_as_they_were(tmp_path: Path, digits: str) -> None:

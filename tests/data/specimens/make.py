@@ -248,7 +248,7 @@ class Interrupt:
 
 def finetune(made: Made) -> None:
     """With the checkpoint that it starts from, checkpoints/digits-resnet.pt."""
-    start, training = "checkpoints/digits-resnet.pt", asymswap.Training(**TRAINING, cpu=True)  # type: ignore[arg-type]
+    start, training = "checkpoints/digits-resnet.pt", asymswap.Training(**TRAINING)  # type: ignore[arg-type]
     if not Path(start).exists():
         digits(made)
     torch.set_num_threads(1)
@@ -260,7 +260,10 @@ def finetune(made: Made) -> None:
     with suppress(KeyboardInterrupt):
         asymswap.finetune(start, "digits", training, output="tuned.pt", callback=Interrupt())
     options = [text for name, value in TRAINING.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    made.told["finetune"] = {"options": [start, "--data", "digits", "--cpu", *options, "-o", "tuned.pt"], "step": 8}
+    made.told["finetune"] = {
+        "options": [start, "--data", "digits", "--device", "cpu", *options, "-o", "tuned.pt"],
+        "step": 8,
+    }
     for name in ("best", "last"):
         model = asymswap.load(f"tuned.run/{name}.pt")
         made.add(name, model, (1, 8, 8))
