@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from asymswap import replacements
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import check_finite
 from asymswap.checkpoint import Header, check_suffix
@@ -211,7 +212,7 @@ def finetune(
         settings=settings,
         objective=objective,
         validator=validator,
-        replacements=[swap.site for plan in opened.plans for swap in plan.swaps],
+        replacements=_added(opened),
         identity=identity,
         team=team,
         folder=folder,
@@ -255,6 +256,13 @@ def finetune(
         warnings=opened.fed_warnings,
     )
     return FineTuned(result, report, header(progress), base_of(opened))
+
+
+def _added(opened: OpenedModel) -> list[str]:
+    """Return the modules that conversions have added."""
+    swaps = [swap for plan in opened.plans for swap in plan.swaps]
+    parts = [(swap.site, replacements.load(swap.kind).added(opened.model.get_submodule(swap.site))) for swap in swaps]
+    return [f"{site}.{part}".removesuffix(".") for site, some in parts for part in some]
 
 
 def _samples(

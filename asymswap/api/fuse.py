@@ -45,10 +45,10 @@ def fuse(
 ) -> Fusion:
     """Merge the replacements of a converted model back into ordinary convs that compute the same in eval mode.
 
-    By default it fuses the kinds whose one conv costs no more: acb and the static offset kinds. `separable` adds pairs
-    and crosses. `max_offset` drops predicted offsets that stay below this many pixels on `data` (or random images),
-    which changes the function; the report has the difference. Raises AsymswapError where nothing can be fused, the
-    model is in train mode, or the fused model does not compute the same.
+    By default it fuses branches and the static offset kinds, whose one conv costs no more as a rule. `separable` adds
+    pairs and crosses. `max_offset` drops predicted offsets that stay below this many pixels on `data` (or random
+    images), which changes the function; the report has the difference. Raises AsymswapError where nothing can be
+    fused, the model is in train mode, or the fused model does not compute the same.
     """
     opened = open_for_verb(model, progress, preprocessing=preprocessing, example_inputs=example_inputs)
     converted, label = opened.model, opened.reference

@@ -27,7 +27,7 @@ SUMMARIES = {
     "sweep": "Convert a model to several budgets and plot scores over cost; an interrupted run resumes.",
     "finetune": "Train a converted model and keep the best epoch's weights; the same command works under torchrun.",
     "evaluate": "Measure models on data or by a metric; classifiers also per class, with tests of their differences.",
-    "fuse": "Turn acb and offset kinds back into ordinary convs that compute the same.",
+    "fuse": "Turn branches and offset kinds back into ordinary convs that compute the same.",
     "export": "Write a converted model as ONNX, torch.export's .pt2 or a state dict, and check it against PyTorch.",
     "benchmark": "Time models in turn in PyTorch, ONNX Runtime, OpenVINO or torch.compile, and compare time with MACs.",
     "task": "Print a commented Python file for --task: your own data, inputs, metric and loss.",

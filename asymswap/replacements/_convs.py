@@ -6,9 +6,7 @@ by that much, and where the kernel pads less, the rest is cut from the input. Ev
 distance from the border alone, so that less of it is a part of more of it.
 """
 
-import operator
 from dataclasses import astuple, replace
-from functools import reduce
 from typing import cast
 
 import torch
@@ -74,24 +72,22 @@ def strip_convs(conv: ConvSpec, bias: bool = False) -> tuple[ConvSpec, ConvSpec,
 
 
 class StripSum(nn.Module):
-    """The sum of a vertical and a horizontal strip, and of a square conv where there is one.
+    """The sum of a vertical and a horizontal strip.
 
     Input (N, C, H, W) or (C, H, W), output that of the k x k conv. `crop` is how many (rows, columns) are cut from each
     side of the horizontal and of the vertical strip's input.
     """
 
-    def __init__(self, crop: Size, vertical: nn.Module, horizontal: nn.Module, square: nn.Module | None = None) -> None:
+    def __init__(self, crop: Size, vertical: nn.Module, horizontal: nn.Module) -> None:
         super().__init__()
-        self.square = square
         self.vertical, self.horizontal = vertical, horizontal
         self.crop = crop
 
     def forward(self, input: Tensor) -> Tensor:
         rows, columns = self.crop
-        outputs: list[Tensor] = [] if self.square is None else [self.square(input)]
-        outputs.append(self.vertical(input[..., columns:-columns] if columns else input))
-        outputs.append(self.horizontal(input[..., rows:-rows, :] if rows else input))
-        return reduce(operator.add, outputs)
+        beside: Tensor = self.horizontal(input[..., rows:-rows, :] if rows else input)
+        output: Tensor = self.vertical(input[..., columns:-columns] if columns else input) + beside
+        return output
 
     def extra_repr(self) -> str:
         return f"crop={self.crop}" if any(self.crop) else ""

@@ -140,6 +140,10 @@ class Replacement(ABC):
         """Return the settings with the constants of the batch norm that alone follows the conv; None to leave it."""
         return None
 
+    def added(self, module: nn.Module) -> Sequence[str]:
+        """Return the parts of a replacement that are new beside what was there, by default all of it."""
+        return ("",)
+
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Return how far each tap is from its place, (S, T, 2), or None where taps do not move.
 

@@ -60,7 +60,9 @@ class Training:
     label_smoothing: float = option(0.0, "Label smoothing; 0.1 is usual.", _LENGTH)
     precision: str = option("fp32", "Precision: fp32, bf16 or fp16.", _LENGTH)
     ema: float | None = option(None, "Decay of a moving average of the weights, which is kept.", _LENGTH)
-    train: str = option("all", "What to train: all, new (the replaced layers) or bn (the batch norms).", _LENGTH)
+    train: str = option(
+        "all", "What to train: all, new (what a conversion has added) or bn (the batch norms).", _LENGTH
+    )
     freeze_bn: bool = option(False, "Freeze the running statistics of batch norms.", _LENGTH)
     patience: int | None = option(None, "Stop after this number of epochs without improvement.", _LENGTH)
     seed: int = option(0, "Random seed.", _LENGTH)

@@ -617,7 +617,10 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
             "`input_size=1x-1x8` does not suit",
         ),
         (lambda: asymswap.export("x.pt", "y.onnx", form="tflite"), "the form 'tflite' is unknown; choose onnx, pt2"),
-        (lambda: asymswap.benchmark(["digits-resnet"], precision="fp8"), "the precision 'fp8' is unknown; did you mean"),
+        (
+            lambda: asymswap.benchmark(["digits-resnet"], precision="fp8"),
+            "the precision 'fp8' is unknown; did you mean",
+        ),
         (
             lambda: asymswap.sweep("digits-resnet", ["half-macs"], "digits", measure="flops"),
             "the measure 'flops' is unknown; choose macs, params, latency",
