@@ -37,8 +37,10 @@ def shows_progress(verb: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         given: Any = kwargs.get(name) or kwargs.get("progress", True)
-        if not callable(given) and not isinstance(given, bool | Callback | None):
-            raise AsymswapError(f"`progress=` takes True, False or a function of (stage, done, total), not {given!r}")
+        if not isinstance(given, bool | Callback | None) and (trains or not callable(given)):
+            what = "True or False" if trains else "True, False or a function of (stage, done, total)"
+            own = "; `callback=…` follows a run" if trains else ""
+            raise AsymswapError(f"`progress=` takes {what}, not {given!r:.60}{own}")
         with ExitStack() as stack:
             if given is True:
                 # Of several processes the first shows them.

@@ -39,7 +39,7 @@ from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,10 +83,14 @@ class NormSettings(GrowingSettings):
         return self
 
 
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class Settings(NormSettings):
     """The branches, how they start, and which batch norms the block holds."""
 
-    branches: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("1x1?", "3x3?")
+    branches: Annotated[tuple[str, ...], Field(min_length=1, strict=False), BeforeValidator(_listed)] = ("1x1?", "3x3?")
     """Their names, or sizes such as "1x11"; `?` behind one leaves it out where the conv cannot have it."""
     start: Literal["nothing", "share"] = "nothing"
     """Without effect, or each with its share of the kernel."""
@@ -278,10 +282,10 @@ class Branches(Replacement):
         if not kept:
             raise RecipeError("the conv can have none of these branches")
         stored = {"bn", "eps", "momentum"} if settings.bn == "branch" else {"bn"}
-        settled = settings.model_dump(include=stored | (type(settings).model_fields.keys() - NormSettings.model_fields))
-        return self.option(
-            site, type(settings)(**settled | ({"branches": tuple(kept)} if "branches" in settled else {}))
-        )
+        stored |= {"start"} if getattr(settings, "start", "nothing") == "share" else set()
+        stored |= {"rank"} if "pair" in kept else set()
+        listed = {"branches": tuple(kept)} if "branches" in type(settings).model_fields else {}
+        return self.option(site, type(settings)(**listed, **settings.model_dump(include=stored)))
 
     def fold_norm(self, settings: Any, norm: nn.Module) -> NormSettings | None:
         """Return the settings with the constants of a batch norm, or None where it cannot be taken over.

@@ -159,6 +159,8 @@ def settings(values: Mapping[str, Any]) -> str:
             return value.removesuffix("-first")
         if isinstance(value, list | tuple) and all(isinstance(side, int) for side in value):
             return f"{key} {extent(value)}"
+        if isinstance(value, list | tuple):
+            return " + ".join(map(str, value))
         return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 
     return ", ".join(phrase(key, value) for key, value in values.items())

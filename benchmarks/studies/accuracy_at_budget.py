@@ -309,7 +309,8 @@ class Peers:
         ours = [
             f"{name}=={version.partition('+')[0]}" for name, version in machine().items() if name.startswith("torch")
         ]
-        command = [self.python, "-m", "pip", "install", "--quiet", *packages, *ours]
+        # The peers' scripts build the network by asymswap's own code, which needs the last two.
+        command = [self.python, "-m", "pip", "install", "--quiet", *packages, *ours, "pydantic", "safetensors"]
         done = subprocess.run(command, capture_output=True, text=True)
         return None if done.returncode == 0 else f"{packages[0]} cannot be installed: {last_line(done.stderr)}"
 

@@ -52,6 +52,8 @@ def test_training_is_shown_in_a_terminal_alone(capfd: pytest.CaptureFixture[str]
     assert on_terminal(100, lambda: tune(progress=False)) == ""
     tune()
     assert capfd.readouterr() == ("", "")
+    with pytest.raises(AsymswapError, match=r"`progress=` takes True or False, not .*; `callback=…` follows a run"):
+        tune(progress=lambda *_: None)
 
 
 @shows_progress

@@ -1,7 +1,7 @@
 """Shared by the peers' scripts: read the model and the images from a file, write the results to another.
 
 Each script runs in the peers' environment, with a Python that has torch and the peer but not asymswap: of the checkout
-it imports only the networks, which need nothing but torch and torchvision.
+it imports only the networks, which need torch, torchvision, pydantic and safetensors.
 """
 
 from __future__ import annotations
