@@ -114,6 +114,20 @@ def test_sweep_by_a_drop_and_evaluate(cuda):
     assert compared.models[1].scores
 
 
+def test_a_metric_of_the_users_gets_the_model_where_it_was(cuda):
+    def metric(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(model(torch.zeros(1, 1, 8, 8)).sum())  # on the processor
+
+    calibration = asymswap.Calibration("digits", images=32)
+    converted = asymswap.convert("digits-resnet", "half-macs", calibration=calibration, evaluate=metric)
+    assert converted.report.accuracy.scores
+    assert asymswap.evaluate(["digits-resnet", converted], metric).models[1].scores
+    asked = asymswap.open_model("digits-resnet", device="cuda")
+    with pytest.raises(AsymswapError, match="same device"):
+        asymswap.evaluate([asked], metric)
+
+
 def test_time_on_a_device(cuda):
     opened = asymswap.open_model("digits-resnet", device="cuda")
     found = asymswap.benchmark([opened], memory_formats=["contiguous"], rounds=5, precision="bf16")

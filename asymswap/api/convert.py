@@ -177,7 +177,7 @@ def convert(
     clock = Clock(opened.seconds)
     check_finite(opened)
     given = settle_for(opened, calibration, evaluate)
-    opened = given if calibration is None and evaluate is None and given.device is None else given.on_device()
+    opened = given.on_device(choose=isinstance(evaluate, str) or (evaluate is None and calibration is not None))
     evaluator = None if evaluate is None else evaluator_of(evaluate, opened, crop_border)
     clock.stop("load")
     session = Session(opened, calibration, clock)

@@ -69,7 +69,8 @@ def evaluate(
         raise AsymswapError("give at least one model to evaluate")
     # Open and check all before measuring the first.
     options: dict[str, Any] = {"input_size": input_size, "preprocessing": preprocessing}
-    opened = [open_for_verb(model, progress, **options).on_device() for model in several]
+    choose = against_original or isinstance(data, str)
+    opened = [open_for_verb(model, progress, **options).on_device(choose) for model in several]
     if against_original and (part != "test" or crop_border):
         raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
     opened, evaluators = settle_each(opened, data, against_original, part, download)

@@ -75,7 +75,7 @@ def sweep(
     parsed = {name: parse_recipe(*text, {f"budget.{measure}": budgets[0]}) for name, text in read.items()}
     opened = open_for_verb(model, progress, input_size, example_inputs, options_of(preprocessing, calibration))
     check_finite(opened)
-    opened = settle_for(opened, calibration, data).on_device()
+    opened = settle_for(opened, calibration, data).on_device(choose=data is None or isinstance(data, str))
     if timing is not None and opened.device is not None:
         timing = replace(timing, device=str(opened.device))
     # Before the model runs: a mistake in the data is not to be hidden by one in its input.

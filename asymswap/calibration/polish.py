@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from asymswap.calibration.config import Calibration
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import caught, difference, feature_error
+from asymswap.measure.latency import clock
 from asymswap.types import Plan, Progress, silent
 from asymswap.utils.inputs import Inputs, copied, samples_in, samples_of
-from asymswap.utils.tensors import deep_copy, eval_mode, seeded
+from asymswap.utils.tensors import deep_copy, device_of, eval_mode, seeded
 
 _RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _USUAL_RATE = 3e-4
@@ -142,12 +143,12 @@ class _Trainer:
     def fit(self, seconds: float) -> float:
         """Take the largest batch of which enough steps fit into the time; return the seconds of one of its steps."""
         self.size, trying = 0, min(_LEAST_SAMPLES, self.data.largest)
-        fitting = 0.0
+        fitting, now = 0.0, clock(str(device_of(self.student)))
         while trying > self.size:
             for batch in itertools.islice(self.data.draw(trying, seeded(0)), 2):  # the first one takes longer
-                start = time.perf_counter()
+                start = now()
                 self.gradient_(batch)
-                took = time.perf_counter() - start
+                took = now() - start
             if self.size and _STEPS * took > seconds:
                 break
             self.size, fitting, trying = trying, took, min(2 * trying, self.data.largest)

@@ -66,13 +66,14 @@ class OpenedModel:
         """Return the header of a checkpoint of this model."""
         return Header(self.origin, self.plans, self.preprocessing, self.provenance, self.skeleton)
 
-    def on_device(self) -> OpenedModel:
+    def on_device(self, choose: bool = True) -> OpenedModel:
         """Return it where images run: on the device asked for, else where it is, or on a GPU rather than on the CPU.
 
-        A module that is elsewhere is copied, not moved.
+        That is chosen with `choose` alone: a user's metric may make inputs of its own on the CPU. A module that is
+        elsewhere is copied, not moved.
         """
         own, wanted = device_of(self.model), self.device
-        if wanted is None and own.type == "cpu" and torch.cuda.is_available():
+        if wanted is None and choose and own.type == "cpu" and torch.cuda.is_available():
             wanted = torch.device("cuda", torch.cuda.current_device())
         if wanted in (None, own):
             return self
