@@ -224,6 +224,8 @@ def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False
 
 def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
     """Return the output if it is class scores for at least the data's classes; raise SourceError otherwise."""
+    if isinstance(output, Mapping):  # as transformers' classifiers return
+        output = output.get("logits", output)
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise SourceError(f"the model returns {_shape(output)}, not images x class scores; give a classifier")
     scores, classes = output.shape[1], len(data.classes)

@@ -25,9 +25,11 @@ class FileKind(Enum):
 
 
 def resolve(path: Path) -> Path:
-    """Return the index of shards in a folder with one, else the path itself."""
-    indices = [*path.glob("*.index.json")] if os.path.isdir(path) else []  # noqa: PTH112  # it never raises
-    return indices[0] if len(indices) == 1 else path
+    """Return the index of shards in a folder with one, else its only file of weights, else the path itself."""
+    if not os.path.isdir(path):  # noqa: PTH112  # it never raises
+        return path
+    found = [*path.glob("*.index.json")] or [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
+    return found[0] if len(found) == 1 else path
 
 
 def sniff(path: Path) -> FileKind:

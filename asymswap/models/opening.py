@@ -17,7 +17,7 @@ from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, sta
 from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Found, check_numbers, find_weights, load_state_
 from asymswap.fileformats.torch_files import RawFile, refusal
-from asymswap.models import builders, timm_models, torchvision_models
+from asymswap.models import builders, timm_models, torchvision_models, transformers_models
 from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.converted import restore
 from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
@@ -252,6 +252,10 @@ def _find_network(named: str | nn.Module, unknown: str = "") -> tuple[Family, st
 
 
 def _open_file(path: Path, request: _Request) -> OpenedModel:
+    named = transformers_models.named_in(path) if path.is_dir() and request.arch is None else None
+    if named is not None:
+        reference, arguments = named
+        request = replace(request, arch=reference, arguments={**arguments, **request.arguments})
     path = resolve(path)
     with fail_if_modified(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)

@@ -1,0 +1,102 @@
+"""Vision models of transformers, from a folder that `save_pretrained` has written: `transformers:CLASS` by its config.
+
+`config.json` names the class, which transformers itself must have: code in a folder or on a hub is never run, and
+nothing is downloaded. The config is kept as the network's arguments, so that a checkpoint needs the folder no more.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchvision.transforms import InterpolationMode
+
+from asymswap.errors import SourceError, near_names
+from asymswap.models.family import Arguments, Family, input_channels
+from asymswap.types import Preprocessing
+
+PREFIX = "transformers:"
+# Of these a config could name other code, other weights, or another package to build the weights with.
+_LEFT_OUT = ("auto_map", "custom_pipelines", "quantization_config", "_attn_implementation", "_name_or_path")
+_PILLOW = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # its numbers of interpolations
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Transformers(Family):
+    """Models of transformers; of the arguments `config` is the model's, `preprocessor` that of its images."""
+
+    private = False
+    prefix = PREFIX
+
+    def canonical(self, reference: str) -> str | None:
+        return reference if re.fullmatch(rf"{PREFIX}\w+", reference) else None
+
+    def construct(self, reference: str, arguments: Arguments) -> nn.Module:
+        transformers, name = _transformers(), reference.removeprefix(PREFIX)
+        config = arguments.get("config")
+        if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
+            raise SourceError(f"{reference} needs its config: give the folder that save_pretrained has written")
+        made = getattr(transformers, name, None)
+        if not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
+            hint = near_names(name, [one for one in dir(transformers) if "For" in one])
+            raise SourceError(f"transformers {transformers.__version__} has no model {name!r}{hint}")
+        plain = {key: value for key, value in config.items() if key not in _LEFT_OUT and key != "model_type"}
+        if "use_pretrained_backbone" in plain:
+            plain["use_pretrained_backbone"] = False
+        settled = transformers.AutoConfig.for_model(config["model_type"], **plain)
+        model: nn.Module = made(settled)
+        return model
+
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
+        """Return what `preprocessor_config.json` says; what it leaves open is assumed to be as for ImageNet."""
+        said, config = arguments.get("preprocessor") or {}, arguments.get("config") or {}
+        channels = int(config.get("num_channels") or input_channels(model))
+        mean, std = (said.get(f"image_{key}") or value for key, value in zip(("mean", "std"), _IMAGENET, strict=True))
+        size, crop = said.get("size") or config.get("image_size") or 224, said.get("crop_size")
+        edge = size.get("shortest_edge") if isinstance(size, Mapping) else None
+        if edge is not None and crop is None and said.get("crop_pct"):
+            size, edge = edge, int(edge / said["crop_pct"])
+        elif edge is not None:
+            size = crop or edge
+        sides = (size["height"], size["width"]) if isinstance(size, Mapping) else size
+        height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
+        return Preprocessing(
+            channels=channels,
+            size=(int(height), int(width)),
+            mean=tuple(map(float, mean))[:channels] if said.get("do_normalize", True) else (0.0,) * channels,
+            std=tuple(map(float, std))[:channels] if said.get("do_normalize", True) else (1.0,) * channels,
+            resize=edge,
+            interpolation=InterpolationMode(_PILLOW.get(said.get("resample", 2), "bilinear")).value,
+            normalization_from="file" if said else "assumed",
+            size_from="file" if said else "assumed",
+        )
+
+
+def named_in(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return the reference and arguments of the model that a folder's config names; None for any other folder."""
+    config = _json(folder / "config.json")
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or len(classes) != 1 or not isinstance(config.get("model_type"), str):
+        return None
+    arguments = {"config": config}
+    if preprocessor := _json(folder / "preprocessor_config.json"):
+        arguments["preprocessor"] = preprocessor
+    return f"{PREFIX}{classes[0]}", arguments
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise SourceError(f"models of {PREFIX} need transformers; pip install 'asymswap[transformers]'") from None
+    return transformers
