@@ -18,8 +18,12 @@ from asymswap.models.family import Arguments, Family, input_channels
 from asymswap.types import Preprocessing
 
 PREFIX = "transformers:"
-# Of these a config could name other code, other weights, or another package to build the weights with.
-_LEFT_OUT = ("auto_map", "custom_pipelines", "quantization_config", "_attn_implementation", "_name_or_path")
+# By these a config could name other code (kernels of a hub as well), or another package to build the weights with.
+_LEFT_OUT = re.compile(
+    r"auto_map|custom_pipelines|quantization_config|_name_or_path|\w*implementation\w*|\w*kernel_config"
+)
+# By these a network that is elsewhere, which transformers would fetch.
+_ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone")
 _PILLOW = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # its numbers of interpolations
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,10 +46,9 @@ class Transformers(Family):
         if not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
             hint = near_names(name, [one for one in dir(transformers) if "For" in one])
             raise SourceError(f"transformers {transformers.__version__} has no model {name!r}{hint}")
-        plain = {key: value for key, value in config.items() if key not in _LEFT_OUT and key != "model_type"}
-        if "use_pretrained_backbone" in plain:
-            plain["use_pretrained_backbone"] = False
-        settled = transformers.AutoConfig.for_model(config["model_type"], **plain)
+        plain = {key: _checked(value, reference) for key, value in config.items() if not _LEFT_OUT.fullmatch(key)}
+        _checked(plain, reference)
+        settled = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
         model: nn.Module = made(settled)
         return model
 
@@ -72,6 +75,18 @@ class Transformers(Family):
             normalization_from="file" if said else "assumed",
             size_from="file" if said else "assumed",
         )
+
+
+def _checked(value: Any, reference: str) -> Any:
+    """Return a part of a config without what names code; raise SourceError for one that names a network elsewhere."""
+    if isinstance(value, list):
+        return [_checked(item, reference) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    named = [key for key in _ELSEWHERE if value.get(key)]
+    if named:
+        raise SourceError(f"the config of {reference} takes its {named[0]} from elsewhere, which is not fetched")
+    return {key: _checked(item, reference) for key, item in value.items() if not _LEFT_OUT.fullmatch(key)}
 
 
 def named_in(folder: Path) -> tuple[str, dict[str, Any]] | None:

@@ -82,6 +82,8 @@ def test_scores_of_their_classifiers_are_evaluated(folder: Path, tmp_path: Path)
         ({"architectures": ["ResNetForImageClasification"]}, "did you mean ResNetForImageClassification"),
         ({"architectures": ["AutoConfig"]}, "has no model 'AutoConfig'"),
         ({"model_type": "no-such"}, "no-such"),
+        ({"backbone": "microsoft/resnet-50"}, "takes its backbone from elsewhere"),
+        ({"text_config": {"use_timm_backbone": True}}, "takes its use_timm_backbone from elsewhere"),
     ],
 )
 def test_what_it_cannot_be(folder: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -95,7 +97,8 @@ def test_what_it_cannot_be(folder: Path, tmp_path: Path, change: dict[str, objec
 def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "net")
     path = tmp_path / "net" / "config.json"
-    own = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}}
+    own: dict[str, object] = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}}
+    own |= {"attn_implementation": "evil/kernels", "_attn_implementation": "evil/kernels"}
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
     (tmp_path / "net" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     opened = asymswap.open_model(tmp_path / "net")
