@@ -619,7 +619,7 @@ def test_a_model_whose_code_asks_a_conv_for_its_fields(traceable: bool, way: str
         (lambda: asymswap.export("x.pt", "y.onnx", form="tflite"), "the form 'tflite' is unknown; choose onnx, pt2"),
         (
             lambda: asymswap.benchmark(["digits-resnet"], precision="fp8"),
-            "the precision 'fp8' is unknown; did you mean",
+            "the precision 'fp8' is unknown; choose fp32, bf16",
         ),
         (
             lambda: asymswap.sweep("digits-resnet", ["half-macs"], "digits", measure="flops"),

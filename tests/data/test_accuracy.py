@@ -99,7 +99,7 @@ def test_more_scores_than_classes_are_allowed(five: LabelledImages) -> None:
 @pytest.mark.parametrize(
     ("output", "text"),
     [
-        ({"logits": torch.zeros(5, 3)}, "the model returns a dict, not images x class scores; give a classifier"),
+        ({"out": torch.zeros(5, 3)}, "the model returns a dict, not images x class scores; give a classifier"),
         (torch.zeros(5, 3, 2, 2), "the model returns 5x3x2x2, not images x class scores; give a classifier"),
         (
             torch.zeros(5, 2),

@@ -51,6 +51,7 @@ SWAPS = {
     "low-rank": '"low-rank", rank = 2',
     "cross": '"cross", bias = true',
     "acb": '"acb", bn = "shared"',
+    "branches": '"branches", branches = ["1x1", "identity?", "edge", "pair", "1x11"], bn = "branch", start = "share"',
     "acb-branch": '"acb", bn = "branch", eps = 0.001, momentum = "cumulative"',
     "offset": '"offset", limit = 1.5',
     "weighted-offset": '"weighted-offset", limit = 0.5',
@@ -144,7 +145,7 @@ def moved(made: asymswap.Conversion) -> asymswap.Conversion:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, tensor in (*made.model.named_parameters(), *made.model.named_buffers()):
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and name in made.model.state_dict():  # fixed filters stay what they are
                 # Offsets far enough for their limit to be felt.
                 scale, low = (2.0, 0.5) if name.endswith("raw_offsets") else (0.1, 0.0)
                 tensor.add_(scale * (torch.rand(tensor.shape, generator=generator) - low))
