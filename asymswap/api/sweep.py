@@ -89,7 +89,9 @@ def sweep(
     on = data if isinstance(data, str) else evaluator.description
     setting = {"data": on, "measure": measure, **_setting(session, evaluator, read)}
     if timing is not None:
-        setting["timing"] = {name: value for name, value in vars(timing).items() if name != "cache"}
+        # Sweeps of earlier versions knew no devices and no precision.
+        usual = {"cache": timing.cache, "precision": None, "device": "cpu"}
+        setting["timing"] = {name: value for name, value in vars(timing).items() if (name, value) not in usual.items()}
     if known is not None:
         # Recipes may be added to a sweep; other settings must be as they were.
         old, new = dict(known.setting), dict(setting)

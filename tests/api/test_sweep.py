@@ -14,6 +14,7 @@ from asymswap.api import session as session_module
 from asymswap.api.sweep import BUDGETS
 from asymswap.cli.commands import command
 from asymswap.cli.sweep import parse_fractions
+from asymswap.errors import AsymswapError
 from asymswap.results.records import to_json
 from asymswap.results.sweep import Tradeoff, from_json
 
@@ -158,3 +159,15 @@ def test_the_budgets_that_help_names_are_those_taken_without_any() -> None:
 def test_wrong_budgets_are_told(text: str, message: str) -> None:
     with pytest.raises(asymswap.AsymswapError, match=message):
         parse_fractions("--macs", text)
+
+
+def test_a_sweep_of_an_earlier_version_has_the_same_timing(tmp_path: Path) -> None:
+    timing = asymswap.Timing(rounds=1, threads=1, cache=tmp_path)
+    calibration = asymswap.Calibration("digits", images=32)
+    options: dict[str, Any] = {"budgets": [0.99], "measure": "latency", "calibration": calibration}
+    found = asymswap.sweep("digits-resnet", ["3x3-only"], timing=timing, **options)
+    known = {"runtime", "memory_format", "batch", "rounds", "threads"}  # neither a device nor a precision
+    assert found.setting["timing"].keys() == known
+    half = asymswap.Timing(rounds=1, threads=1, cache=tmp_path, precision="bf16")
+    with pytest.raises(AsymswapError, match="other settings"):
+        asymswap.sweep("digits-resnet", ["3x3-only"], timing=half, known=found, **options)
