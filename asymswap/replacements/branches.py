@@ -114,8 +114,9 @@ class Settings(NormSettings):
 
 
 def _expanded(names: Sequence[str]) -> list[str]:
-    """Return the names with `edge` as its three filters."""
-    return [one for name in names for one in (_EDGES if name == "edge" else (name,))]
+    """Return the names with `edge` as its three filters, each with its `?`."""
+    edges = {f"edge{mark}": [f"{one}{mark}" for one in _EDGES] for mark in ("", "?")}
+    return [one for name in names for one in edges.get(name, [name])]
 
 
 class FixedFilter(nn.Module):

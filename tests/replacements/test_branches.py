@@ -173,6 +173,13 @@ def test_wrong_names(branches: tuple[str, ...], reason: str) -> None:
         Settings(branches=branches)
 
 
+def test_edge_is_three_filters_also_where_it_may_be_left_out() -> None:
+    case = Case(nn.Conv2d(4, 4, 3), torch.randn(1, 4, 9, 9))
+    for name in ("edge", "edge?"):
+        kept = KIND.resolve(case.site, Original(case.conv), Settings(branches=(name,))).settings["branches"]
+        assert kept == ["sobel-x", "sobel-y", "laplacian"]
+
+
 def test_an_even_kernel_has_no_middle() -> None:
     assert "no middle" in str(KIND.unsupported(read_conv(nn.Conv2d(4, 4, 2))))
 
