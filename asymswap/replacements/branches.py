@@ -178,6 +178,8 @@ def _branch(name: str, conv: ConvSpec, rank: int) -> Branch | str:
         return f"{conv.in_channels} channels do not become {conv.out_channels} by an identity"
     if name in ("dilated", "pair", "avg", "1x1-kxk") and conv.kernel == (1, 1):
         return "a 1x1 kernel has no taps apart"
+    if name in _EDGES and (conv.kernel[0] < 3 or conv.kernel[1] < 3):
+        return f"a filter of 3x3 is larger than a kernel of {'x'.join(map(str, conv.kernel))}"
     # The same middle: what the branch lacks or has more of its sides is padding.
     padding, crop = conv.padding, (0, 0)
     if padding != "same":

@@ -147,6 +147,7 @@ def test_a_share_is_taken_from_the_conv() -> None:
         (nn.Conv2d(4, 8, 3), "identity", "4 channels do not become 8 by an identity"),
         (nn.Conv2d(4, 4, 3), "3x3", "it is the conv itself"),
         (nn.Conv2d(4, 4, 3), "4x4", "a kernel of 4x4 has no middle"),
+        (nn.Conv2d(4, 4, (1, 3)), "laplacian", "a filter of 3x3 is larger than a kernel of 1x3"),
         (nn.Conv2d(4, 4, 1), "avg", "a 1x1 kernel has no taps apart"),
     ],
 )
