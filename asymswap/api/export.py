@@ -91,7 +91,7 @@ def export(
         result = fuse_model(ready, original_of(opened), opened.plans, progress)
         ready, as_original = result.model, not result.plans
         fused = sum(row.outcome != "left" for row in result.sites)
-    elif not opened.handed_over:
+    elif quantize is not None or not opened.handed_over:
         ready = deep_copy(ready)
     opened = replace(opened, model=ready.eval())
     inputs, rotated, agreement = None, 0, None

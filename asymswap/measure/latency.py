@@ -94,8 +94,9 @@ def take_turns(
 def stopwatch(run: Callable[[], Any], device: str = "cpu") -> Callable[[], float]:
     """Return a function that calls `run` and returns the seconds that it took, on a GPU by its own events."""
 
+    now = clock(device)
+
     def measure() -> float:
-        now = clock(device)
         start = now()
         run()
         return now() - start

@@ -46,8 +46,7 @@ class Transformers(Family):
         if not isinstance(made, type) or not issubclass(made, transformers.PreTrainedModel):
             hint = near_names(name, [one for one in dir(transformers) if "For" in one])
             raise SourceError(f"transformers {transformers.__version__} has no model {name!r}{hint}")
-        plain = {key: _checked(value, reference) for key, value in config.items() if not _LEFT_OUT.fullmatch(key)}
-        _checked(plain, reference)
+        plain = _checked(config, reference)
         settled = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
         model: nn.Module = made(settled)
         return model

@@ -108,12 +108,17 @@ def test_a_file_in_int8_answers_as_its_model(converted: Path) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_export_of_a_given_module_leaves_it_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fuse", [True, False])
+def test_export_of_a_given_module_leaves_it_as_it_is(tmp_path: Path, fuse: bool) -> None:
     pytest.importorskip("onnxruntime")
     conversion = asymswap.convert("digits-resnet", "3x3-only", overrides={"ratio": 0.5})
     before = {key: value.clone() for key, value in conversion.model.state_dict().items()}
     asymswap.export(
-        conversion, tmp_path / "m.onnx", quantize="int8", calibration=asymswap.Calibration("digits", images=32)
+        conversion,
+        tmp_path / "m.onnx",
+        fuse=fuse,
+        quantize="int8",
+        calibration=asymswap.Calibration("digits", images=32),
     )
     assert all(torch.equal(value, before[key]) for key, value in conversion.model.state_dict().items())
 
