@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from asymswap.api.convert import save as save
     from asymswap.api.convert import write_report as write_report
     from asymswap.api.evaluate import evaluate as evaluate
+    from asymswap.api.export import as_yolo as as_yolo
     from asymswap.api.export import export as export
     from asymswap.api.finetune import FineTuned as FineTuned
     from asymswap.api.finetune import finetune as finetune
@@ -45,7 +46,7 @@ _HOMES = {
     "api.compare": ["compare"],
     "api.convert": ["Conversion", "convert", "plan", "save", "write_report"],
     "api.evaluate": ["evaluate"],
-    "api.export": ["export"],
+    "api.export": ["as_yolo", "export"],
     "api.finetune": ["FineTuned", "finetune"],
     "api.fuse": ["Fusion", "fuse", "save_fused"],
     "api.load": ["load"],

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from asymswap.errors import CONTROL, CheckpointError, OutputError, PlanError, validation_text
 from asymswap.fileformats import detect, extra_state
-from asymswap.fileformats.model_file import read_raw
+from asymswap.fileformats.model_file import modules_in, read_raw, states_of_modules
+from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import State, stored_tensors
 from asymswap.fileformats.torch_files import RawFile
 from asymswap.planning.plan import plan_from_json
@@ -43,6 +44,8 @@ from asymswap.utils.files import real_cause, whole_file
 
 FORMAT = 2
 SUFFIXES = (".pt", ".pth", ".safetensors")
+MODULE_HEADER = "asymswap"
+"""The attribute of a module in another program's file that holds the header, where that program kept the swaps."""
 _LARGEST_HEADER, _LARGEST_SKELETON = 16 * 2**20, 64 * 2**20
 _LARGEST_INPUT = 2**27  # numbers: 11,000 x 4,000 pixels of three channels, half a gigabyte
 
@@ -123,6 +126,14 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
     text, state = raw.metadata.get("asymswap"), raw.value
     if text is None and isinstance(raw.value, Mapping) and "asymswap" in raw.value:
         text, state = raw.value["asymswap"], raw.value.get("state_dict")
+    inside = next((one for one in modules_in(raw.value) if isinstance(one.state.get(MODULE_HEADER), str)), None)
+    if text is None and inside is not None:
+        try:
+            text, state = inside.state[MODULE_HEADER], states_of_modules(inside)[0]
+        except MalformedError as error:
+            raise CheckpointError(f"{label} is cut off or damaged: {error}") from None
+        # Where a program keeps halves of what it has trained in float32.
+        state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     if text is None:
         return None
     if not isinstance(text, str) or not isinstance(state, Mapping):

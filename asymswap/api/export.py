@@ -18,8 +18,9 @@ from asymswap.calibration.agreement import Against
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import save_state
 from asymswap.data.inputs import open_inputs, settle_on
-from asymswap.errors import AsymswapError, OutputError, check_choice
+from asymswap.errors import AsymswapError, OutputError, SourceError, check_choice
 from asymswap.measure import int8, runtimes
+from asymswap.models import ultralytics_models
 from asymswap.models.converted import original_of
 from asymswap.models.opened import OpenedModel, input_warnings
 from asymswap.models.opening import Model, open_for_verb
@@ -29,10 +30,11 @@ from asymswap.utils.files import check_output, whole_file
 from asymswap.utils.inputs import Inputs, sizes
 from asymswap.utils.tensors import deep_copy, map_tensors
 
-Form = Literal["onnx", "pt2", "state-dict"]
+Form = Literal["onnx", "pt2", "state-dict", "ultralytics"]
 SUFFIXES: dict[Form, tuple[str, ...]] = {
     "onnx": (".onnx",),
     "pt2": (".pt2",),
+    "ultralytics": (".pt",),
     "state-dict": (".pt", ".pth", ".safetensors"),
 }
 
@@ -54,11 +56,11 @@ def export(
 ) -> ExportReport:
     """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
-    `form` follows the file's ending by default. With `fuse`, replacements that fuse exactly are fused before. The batch
-    may have any size, with `dynamic_size` height and width too. With `quantize` the ONNX file computes in int8, its
-    ranges measured on the inputs of `calibration`; how far it answers as the model does is measured on the inputs that
-    are held back. Raises AsymswapError where the model cannot be
-    exported, or the file computes something else.
+    `form` follows the file's ending by default; `ultralytics` is a file that `YOLO` reads, swaps and all. With `fuse`,
+    replacements that fuse exactly are fused before. The batch may have any size, with `dynamic_size` height and width
+    too. With `quantize` the ONNX file computes in int8, its ranges measured on the inputs of `calibration`; how far it
+    answers as the model does is measured on the inputs that are held back. Raises AsymswapError where the model cannot
+    be exported, or the file computes something else.
     """
     path = Path(path)
     by_suffix = {suffix: known for known, suffixes in SUFFIXES.items() for suffix in suffixes}
@@ -87,7 +89,7 @@ def export(
             f"export its backbone from Python with torch.onnx.export"
         )
     ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
-    if fuse and opened.plans:
+    if fuse and opened.plans and form != "ultralytics":  # which trains on with the swaps
         result = fuse_model(ready, original_of(opened), opened.plans, progress)
         ready, as_original = result.model, not result.plans
         fused = sum(row.outcome != "left" for row in result.sites)
@@ -103,7 +105,9 @@ def export(
     progress("exporting", 0, 1)
     checks: list[Check] = []
     dynamic: tuple[str, ...] = ()
-    if form != "state-dict":
+    if form == "ultralytics":
+        ultralytics_models.save(opened, path)
+    elif form != "state-dict":
         dynamic = ("batch", "height", "width") if dynamic_size else ("batch",)
         with whole_file(path) as draft:
             checks = _write_program(opened, form, draft, dynamic_size, seed)
@@ -124,7 +128,7 @@ def export(
     return ExportReport(
         model=opened.reference,
         form=form,
-        runner={"onnx": "ONNX Runtime", "pt2": "torch.export", "state-dict": "none"}[form],
+        runner={"onnx": "ONNX Runtime", "pt2": "torch.export"}.get(form, "none"),
         fused=fused,
         checks=tuple(checks),
         dynamic=dynamic,
@@ -135,6 +139,24 @@ def export(
         versions=versions,
         warnings=input_warnings(opened),
     )
+
+
+def as_yolo(model: Model, path: str | Path | None = None, *, force: bool = False) -> Any:
+    """Return ultralytics' `YOLO` object of a converted network: it predicts, validates, exports and trains on.
+
+    The network is written to `path`, a `.pt` file, for `YOLO` reads files; without one, `model` is such a file already,
+    as `export(…, form="ultralytics")` and training write it. Training keeps the swaps; a plain `YOLO(path)` predicts
+    the same, but builds the original network anew to train it. Raises AsymswapError for a network of another family.
+    """
+    if path is None and not isinstance(model, str | Path):
+        raise AsymswapError("give a `path` to write the network to, such as yolov8n-acnet.pt: YOLO reads files")
+    if path is None:
+        path = Path(str(model))
+        if not path.is_file():
+            raise SourceError(f"no file {path}; give one that export wrote for ultralytics, or a model and a path")
+    else:
+        export(model, path, form="ultralytics", force=force, progress=False)
+    return ultralytics_models.load_yolo(Path(path))
 
 
 def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: bool, seed: int) -> list[Check]:

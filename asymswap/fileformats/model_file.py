@@ -172,6 +172,12 @@ def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
     return value | states if states else value, tuple(part.name for part in modules.values())
 
 
+def modules_in(value: Any) -> list[Record]:
+    """Return every module that is a record, at the top of a file or one level below, a moving average first."""
+    parts = dict(sorted(value.items(), key=lambda item: item[0] != "ema")) if isinstance(value, dict) else {"": value}
+    return [part for part in parts.values() if _is_module(part)]
+
+
 def _is_module(value: Any) -> bool:
     """True for a record with the parts that every nn.Module has."""
     state = value.state if isinstance(value, Record) and isinstance(value.state, dict) else {}

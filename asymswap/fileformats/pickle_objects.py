@@ -202,6 +202,8 @@ class Builder:
             if value.name in allowed_names() and not self._foreign and not value.name.startswith("builtins."):
                 # A function is there to be called; as a value it could end where a module calls it.
                 raise Odd(f"keeps {value.name} itself as a value")
+            if value.name == "builtins.getattr":
+                self.unread.add(value.name)
             return _Found(value, whole=False)
         if kind is StorageRef:
             return _Found(self.tensor(TensorRef(value, 0, (value.length,), (1,))))

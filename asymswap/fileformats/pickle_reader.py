@@ -221,7 +221,8 @@ class Reader:
         self._spend(0, len(full))
         if full not in self._globals:
             # "collections.OrderedDict" and "collections" + "OrderedDict" of protocol 4 are one and the same.
-            self.names.add(full)
+            if full != "builtins.getattr":  # it depends on how it is called
+                self.names.add(full)
             self._globals[full] = constants().get(full) or Global(full)
         return self._globals[full]
 
@@ -253,6 +254,12 @@ class Reader:
                 arguments, made_by = (), "new"
             case "copyreg._reconstructor", (Global(name), Global(), inside):
                 arguments, made_by = (inside,), "new"
+            case "builtins.getattr", (Record(owner, made_by="new"), str(method)) if method.isidentifier():
+                # A method of an object in the file, as an attribute: nobody calls it, so its name will do.
+                self._spend(1, len(owner) + len(method))
+                return f"{owner}.{method}"
+            case "builtins.getattr" as name, _:
+                self.names.add(name)
             case name, _:
                 pass
         if name.startswith("torch.jit._pickle.") and arguments:

@@ -14,7 +14,7 @@ from torch import nn
 
 from asymswap.errors import SourceError, listed
 from asymswap.fileformats.state_dict import State, compare, load_state_, strip_prefixes
-from asymswap.models import networks, timm_models, torchvision_models, transformers_models
+from asymswap.models import networks, timm_models, torchvision_models, transformers_models, ultralytics_models
 from asymswap.models.family import Arguments, Family, Fingerprint, from_weights, input_channels, matches, shapes_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
@@ -56,7 +56,13 @@ class OwnNetworks(Family):
 
 
 TORCHVISION, TIMM, OWN = torchvision_models.Torchvision(), timm_models.Timm(), OwnNetworks()
-FAMILIES: tuple[Family, ...] = (TIMM, transformers_models.Transformers(), OWN, TORCHVISION)
+FAMILIES: tuple[Family, ...] = (
+    TIMM,
+    transformers_models.Transformers(),
+    ultralytics_models.Ultralytics(),
+    OWN,
+    TORCHVISION,
+)
 
 
 def known_references() -> list[str]:

@@ -24,7 +24,7 @@ from torch import nn
 from asymswap.errors import SourceError, near_names
 from asymswap.fileformats.state_dict import State, compare
 from asymswap.fileformats.torch_files import import_from_here, to_structure
-from asymswap.models import timm_models
+from asymswap.models import timm_models, ultralytics_models
 from asymswap.models.family import Arguments, Family, Fit, input_channels, near_keyword
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
@@ -32,7 +32,7 @@ from asymswap.models.torchvision_models import assumed_preprocessing
 from asymswap.types import Origin
 from asymswap.utils.tensors import deep_copy
 
-_PREFIXES = ("cifar", "timm", "torchvision")
+_PREFIXES = ("cifar", "timm", "torchvision", "transformers", "ultralytics")
 
 
 def _parse(reference: str) -> tuple[str, str]:
@@ -95,6 +95,10 @@ def describe_module(model: nn.Module, weights: str) -> OpenedModel:
     origin = timm_models.origin_of(model)
     if origin is not None:
         own = timm_models.Timm().preprocessing(origin.reference, model, origin.arguments)
+        return OpenedModel(model, origin, own, weights)
+    origin = ultralytics_models.origin_of(model)
+    if origin is not None:
+        own = ultralytics_models.Ultralytics().preprocessing(origin.reference, model, origin.arguments)
         return OpenedModel(model, origin, own, weights)
     if timm_models.made_by_timm(model) is not None:
         preprocessing = timm_models.Timm().preprocessing("", model, {})

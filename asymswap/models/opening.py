@@ -17,7 +17,7 @@ from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, sta
 from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Found, check_numbers, find_weights, load_state_
 from asymswap.fileformats.torch_files import RawFile, refusal
-from asymswap.models import builders, timm_models, torchvision_models, transformers_models
+from asymswap.models import builders, timm_models, torchvision_models, transformers_models, ultralytics_models
 from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.converted import restore
 from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
@@ -111,8 +111,14 @@ def open_model(
             raise SourceError(f"{model.reference} is open already; give these options where it is opened first")
         opened = model
     elif isinstance(model, nn.Module):
-        network = _unwrapped(model)
-        opened = replace(describe_module(network, "as given"), reference=type(network).__name__)
+        network = _unwrapped(ultralytics_models.network_of(model))
+        kept = ultralytics_models.header_in(network)
+        told = (
+            describe_module(network, "as given")
+            if kept is None
+            else _describe_converted(network, kept, None, "as given")
+        )
+        opened = replace(told, reference=type(network).__name__)
     elif isinstance(model, Made):
         # It stays the caller's.
         header = model.header
@@ -266,6 +272,10 @@ def _open_file(path: Path, request: _Request) -> OpenedModel:
             notes = (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
         try:
             stored = stored_in(raw, str(path)) if request.weights is None else None
+            named = ultralytics_models.named_in(raw.value) if request.arch is None and stored is None else None
+            if named is not None:
+                reference, arguments = named
+                request = replace(request, arch=reference, arguments={**arguments, **request.arguments})
             if stored is None:
                 opened = _open_loaded(path, raw, request)
             elif request.key is not None:

@@ -176,7 +176,7 @@ def _check_command(words: list[str], block: Block) -> None:
         _check_targets(arguments)
     elif program == "pip":
         _check_extras(arguments)
-    elif program not in ("git", "cd", "python3", ".venv/bin/pre-commit"):
+    elif program not in ("git", "cd", "python3", "yolo", ".venv/bin/pre-commit"):
         raise ValueError(f"{block}: unknown program {program}")
 
 
