@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-programs test-nightly test-minimal test-newest screens gallery fuzz kill mutate docs release-check lint format clean
+.PHONY: demo test test-fast test-programs test-nightly test-minimal test-newest test-libraries screens gallery fuzz kill mutate docs release-check lint format clean
 
 demo: $(READY)
 	rm -rf build/demo && mkdir -p build/demo
@@ -65,6 +65,16 @@ test-minimal:
 	build/minimal/bin/python -m pip install --quiet --constraint build/lower_bounds.txt --editable '.[dev,tensorboard]'
 	build/minimal/bin/python -m pytest -n auto --dist worksteal -m "not slow and not nightly" \
 		-W ignore::DeprecationWarning -W ignore::FutureWarning
+
+# Networks of other libraries, the whole way with the real packages, in an environment of their own; writes
+# docs/reference/libraries.md. facenet-pytorch asks for a torch of 2024, and does without.
+test-libraries:
+	$(PYTHON) -m venv build/libraries
+	build/libraries/bin/python -m pip install --quiet --editable '.[dev,transformers,ultralytics]' \
+		segmentation-models-pytorch monai spandrel
+	build/libraries/bin/python -m pip install --quiet --no-deps facenet-pytorch
+	build/libraries/bin/python -m pytest tests/models/test_ultralytics_models.py tests/models/test_transformers_models.py
+	build/libraries/bin/python benchmarks/libraries.py --markdown docs/reference/libraries.md
 
 test-newest:
 	$(PYTHON) -m venv build/newest

@@ -18,7 +18,7 @@ from asymswap.calibration.agreement import Against
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import save_state
 from asymswap.data.inputs import open_inputs, settle_on
-from asymswap.errors import AsymswapError, OutputError, SourceError, check_choice
+from asymswap.errors import AsymswapError, OutputError, SourceError, check_choice, reason_of
 from asymswap.measure import int8, runtimes
 from asymswap.models import ultralytics_models
 from asymswap.models.converted import original_of
@@ -198,7 +198,15 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     for images, size in tried:
         inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
         with torch.no_grad():
-            check = Check(sizes(inputs), *runtimes.widest_gap(model(*inputs), run(inputs)))
+            expected = model(*inputs)
+        try:
+            found = run(inputs)
+        except Exception as error:  # each program has errors of its own
+            fixed = "its code fixes a size that may differ, so export it with the library that it is from"
+            raise AsymswapError(
+                f"{runner} does not take {sizes(inputs)}: {reason_of(error, 150)}; {fixed}; nothing was written"
+            ) from error
+        check = Check(sizes(inputs), *runtimes.widest_gap(expected, found))
         if not check.largest <= check.allowed:
             raise AsymswapError(
                 f"{runner} computes something else than PyTorch on {check.inputs}: {check.largest:.1e} at most, where "

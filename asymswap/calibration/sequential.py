@@ -369,7 +369,9 @@ class _Walk:
                 scale = torch.rsqrt(module.running_var + module.eps)
                 if module.weight is not None:
                     scale = scale * module.weight.detach()
-                inverse = inverse * (scale / (scale.square() + _DAMPING**2 * scale.square().mean()))
+                damped = scale.square() + _DAMPING**2 * scale.square().mean()
+                # Branches start at zero in many networks: through them nothing can be corrected.
+                inverse = inverse * (scale / damped.clamp(min=torch.finfo(scale.dtype).tiny))
             elif op not in ("identity", "dropout"):
                 return None
             last = user

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from planned import in_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -179,6 +180,15 @@ def test_a_sum_of_two_convs_is_made_right_by_the_later_one() -> None:
     with torch.no_grad():
         outputs = [one(X) for one in (net, converted)]
     assert float((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < 0.05
+
+
+def test_a_branch_that_starts_at_zero_is_solved_and_leaves_the_network_finite() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10, zero_init_residual=True).eval()
+    data = asymswap.Calibration(torch.randn(16, 3, 32, 32))
+    conversion = asymswap.convert(model, "half-macs", macs=0.6, calibration=data, input_size=(3, 32, 32))
+    assert conversion.report.calibration.sequential
+    assert all(parameter.isfinite().all() for parameter in conversion.model.parameters())
 
 
 def test_memory_decides_how_often_the_original_runs_and_not_what_comes_out() -> None:
