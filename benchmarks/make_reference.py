@@ -19,7 +19,8 @@ from typer.models import ArgumentInfo
 
 from asymswap import replacements
 from asymswap.cli import commands
-from asymswap.planning.recipe import GROUPS, json_schema, read_about, read_recipe_text, shipped_names
+from asymswap.planning.recipe import GROUPS, json_schema, read_about
+from asymswap.planning.shipped import read_recipe_text, shipped_names
 
 DOCS = Path(__file__).parents[1] / "docs" / "reference"
 WRITTEN = "<!-- Written by benchmarks/make_reference.py; change that, or what it reads, not this. -->"

@@ -11,7 +11,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from asymswap.planning.recipe import parse_recipe, shipped_names
+from asymswap.planning.recipe import parse_recipe
+from asymswap.planning.shipped import shipped_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "guide" / "gallery.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import asymswap
-from asymswap.planning.recipe import shipped_names
+from asymswap.planning.shipped import shipped_names
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,8 @@ from asymswap.api.session import Session
 from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.plan import find_candidates
-from asymswap.planning.recipe import parse_recipe, read_recipe_text
+from asymswap.planning.recipe import parse_recipe
+from asymswap.planning.shipped import read_recipe_text
 from asymswap.results.candidates import Candidates
 from asymswap.utils.inputs import sizes
 

@@ -45,7 +45,8 @@ from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
 from asymswap.planning.plan import check_not_empty, plan_from_json
-from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe, read_recipe_text
+from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe
+from asymswap.planning.shipped import read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import check_suffix, report_text
 from asymswap.results import convert as results

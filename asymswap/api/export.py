@@ -20,8 +20,8 @@ from asymswap.checkpoint import save_state
 from asymswap.data.inputs import open_inputs, settle_on
 from asymswap.errors import AsymswapError, OutputError, SourceError, check_choice, reason_of
 from asymswap.measure import int8, runtimes
-from asymswap.models import ultralytics_models
-from asymswap.models.converted import original_of
+from asymswap.models import transformers_models, ultralytics_models
+from asymswap.models.converted import original_of, save_checkpoint
 from asymswap.models.opened import OpenedModel, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.planning.fuse import fuse_model
@@ -30,13 +30,18 @@ from asymswap.utils.files import check_output, whole_file
 from asymswap.utils.inputs import Inputs, sizes
 from asymswap.utils.tensors import deep_copy, map_tensors
 
-Form = Literal["onnx", "pt2", "state-dict", "ultralytics"]
+Form = Literal["onnx", "pt2", "state-dict", "ultralytics", "transformers"]
 SUFFIXES: dict[Form, tuple[str, ...]] = {
     "onnx": (".onnx",),
     "pt2": (".pt2",),
     "ultralytics": (".pt",),
     "state-dict": (".pt", ".pth", ".safetensors"),
+    "transformers": ("",),
 }
+_DEFORMABLE = (
+    "DeformConv is in the file: ONNX Runtime runs it on the CPU, and OpenVINO does not read it "
+    "(docs/reference/kinds.md tells what runs where)"
+)
 
 
 @shows_progress
@@ -56,20 +61,22 @@ def export(
 ) -> ExportReport:
     """Write a model as ONNX, as .pt2 or as a plain state dict; the first two are run beside PyTorch.
 
-    `form` follows the file's ending by default; `ultralytics` is a file that `YOLO` reads, swaps and all. With `fuse`,
-    replacements that fuse exactly are fused before. The batch may have any size, with `dynamic_size` height and width
-    too. With `quantize` the ONNX file computes in int8, its ranges measured on the inputs of `calibration`; how far it
-    answers as the model does is measured on the inputs that are held back. Raises AsymswapError where the model cannot
-    be exported, or the file computes something else.
+    `form` follows the file's ending by default; `ultralytics` is a file that `YOLO` reads, with the swaps,
+    `transformers` a folder with the config and a checkpoint, which `from_pretrained` refuses with the way to load it.
+    With `fuse`, replacements that fuse exactly are fused before. The batch may have any size, with `dynamic_size` the
+    height and width too. With `quantize` the ONNX file computes in int8, its ranges measured on the inputs of
+    `calibration`; how far it answers as the model does is measured on the inputs that are held back. Raises
+    AsymswapError where the model cannot be exported, or the file computes something else.
     """
     path = Path(path)
-    by_suffix = {suffix: known for known, suffixes in SUFFIXES.items() for suffix in suffixes}
+    by_suffix = {suffix: known for known, suffixes in SUFFIXES.items() for suffix in suffixes if suffix}
     form = form or by_suffix.get(path.suffix)
     if form is None:
         raise OutputError(f"{path}: an export ends in one of {', '.join(by_suffix)}; or give `form=…`")
     check_choice("the form", form, SUFFIXES)
     if path.suffix not in SUFFIXES[form]:
-        raise OutputError(f"{path}: the file of a {form} export ends in {' or '.join(SUFFIXES[form])}")
+        ends = " or ".join(SUFFIXES[form]) or "no suffix: it is a folder"
+        raise OutputError(f"{path}: the file of a {form} export ends in {ends}")
     if quantize is not None:
         check_choice("what to quantise to", quantize, ("int8",))
         if form != "onnx":
@@ -89,14 +96,14 @@ def export(
             f"export its backbone from Python with torch.onnx.export"
         )
     ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
-    if fuse and opened.plans and form != "ultralytics":  # which trains on with the swaps
+    if fuse and opened.plans and form not in ("ultralytics", "transformers"):  # which train on with the swaps
         result = fuse_model(ready, original_of(opened), opened.plans, progress)
         ready, as_original = result.model, not result.plans
         fused = sum(row.outcome != "left" for row in result.sites)
     elif quantize is not None or not opened.handed_over:
         ready = deep_copy(ready)
     opened = replace(opened, model=ready.eval())
-    inputs, rotated, agreement = None, 0, None
+    inputs, rotated, agreement, warnings = None, 0, None, input_warnings(opened)
     if calibration is not None:
         opened = settle_on(opened, calibration.given())
         inputs = open_inputs(opened, calibration.given(), calibration.images, calibration.seed)[0]
@@ -107,10 +114,14 @@ def export(
     dynamic: tuple[str, ...] = ()
     if form == "ultralytics":
         ultralytics_models.save(opened, path)
+    elif form == "transformers":
+        path = transformers_models.save(opened, path, lambda file: save_checkpoint(file, ready, opened.header()))
     elif form != "state-dict":
         dynamic = ("batch", "height", "width") if dynamic_size else ("batch",)
         with whole_file(path) as draft:
             checks = _write_program(opened, form, draft, dynamic_size, seed)
+            if form == "onnx" and "DeformConv" in runtimes.operators_of(draft):
+                warnings += (_DEFORMABLE,)
             if inputs is not None and calibration is not None:
                 progress("quantising", 0, 1)
                 int8.quantize(draft, inputs)
@@ -137,7 +148,7 @@ def export(
         opset=runtimes.OPSET if form == "onnx" else None,
         files=(FileRow(str(path), path.stat().st_size),),
         versions=versions,
-        warnings=input_warnings(opened),
+        warnings=warnings,
     )
 
 
@@ -197,10 +208,9 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     checks = []
     for images, size in tried:
         inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
-        with torch.no_grad():
-            expected = model(*inputs)
         try:
-            found = run(inputs)
+            with torch.no_grad():
+                expected, found = model(*inputs), run(inputs)
         except Exception as error:  # each program has errors of its own
             fixed = "its code fixes a size that may differ, so export it with the library that it is from"
             raise AsymswapError(

@@ -22,7 +22,8 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.drop_budget import Drop
 from asymswap.planning.plan import check_not_empty
-from asymswap.planning.recipe import parse_recipe, read_recipe_text
+from asymswap.planning.recipe import parse_recipe
+from asymswap.planning.shipped import read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.results.records import plain
 from asymswap.results.sweep import Point, Tradeoff

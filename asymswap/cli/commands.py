@@ -4,6 +4,7 @@ Each command is imported when it is called; listing them needs only `SUMMARIES`.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import inspect
@@ -61,7 +62,17 @@ class _Listed(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
-        return begin_as(self.name).make_context(info_name, args, parent=parent, **extra)
+        try:
+            return begin_as(self.name).make_context(info_name, args, parent=parent, **extra)
+        except Exception as error:
+            # Typer's own errors, which it keeps private: of several near options the nearest, no word of pydantic.
+            known: Any = error
+            if getattr(known, "possibilities", None):
+                near = difflib.get_close_matches(known.option_name, known.possibilities, n=1, cutoff=0)
+                known.message, known.possibilities = f"{known.message}; did you mean {near[0]}?", None
+            elif isinstance(error, typer.BadParameter):
+                known.message = known.message.removeprefix("Value error, ")
+            raise
 
 
 class Commands(TyperGroup):
@@ -140,6 +151,7 @@ def with_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
+        importlib.import_module("asymswap.cli.early").check(values)  # only now: help needs nothing of it
         made = {}
         for name, group in groups.items():
             given = {one: values.pop(one) for one in group.parameters}

@@ -11,8 +11,12 @@ from asymswap.utils.options import option
 
 def export(
     checkpoint: o.Checkpoint,
-    to: Literal["onnx", "pt2", "state-dict", "ultralytics"] | None = option(
-        None, "onnx, pt2, state-dict or ultralytics.", o.RESULT, shown="by the file's ending, or onnx", metavar="FORM"
+    to: Literal["onnx", "pt2", "state-dict", "ultralytics", "transformers"] | None = option(
+        None,
+        "onnx, pt2, state-dict, ultralytics or transformers.",
+        o.RESULT,
+        shown="by the file's ending, or onnx",
+        metavar="FORM",
     ),
     output: Path | None = option(None, "The file to write.", o.RESULT, flags=o.OUTPUT, shown="<stem>.onnx or .pt2"),
     fuse: bool = option(True, "First fuse replacements that fuse exactly."),
@@ -26,7 +30,9 @@ def export(
 ) -> None:
     """Example: asymswap export model.asym.pt --to onnx -o model.onnx"""
     target = o.default_output(str(checkpoint), "exported")
-    if to not in ("state-dict", "ultralytics"):
+    if to == "transformers":
+        target = target.with_suffix("")
+    elif to not in ("state-dict", "ultralytics"):
         target = target.with_name(f"{checkpoint.stem}.{to or 'onnx'}")
     target = o.target_of(checkpoint, output, target, force)
     with common.progress() as step:

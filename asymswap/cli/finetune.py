@@ -37,6 +37,7 @@ def finetune(
 
     Example: asymswap finetune model.asym.pt --data photos/ --epochs 5 --distill
     """
+    Training(**{**training, "augment": None})  # what is out of range is told before torch is loaded
     task = common.task
     if (data is None) == (task.training is None):
         raise AsymswapError("give --data, or a --task with training(); one of them, not both")

@@ -53,7 +53,7 @@ DOWNLOAD = option(False, "Fetch the data where torchvision can.", IMAGES)
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Return the shipped recipes that begin like this, for the shell; where none does, it offers files."""
-    from asymswap.planning.recipe import shipped_names
+    from asymswap.planning.shipped import shipped_names
 
     return [name for name in shipped_names() if name.startswith(incomplete)]
 

@@ -23,22 +23,23 @@ def recipes(
 ) -> None:
     """Example: asymswap recipes 3x3-only > mine.toml"""
     from asymswap.planning import recipe as r
+    from asymswap.planning import shipped
 
     if schema:
         o.print_json(r.json_schema())
     elif recipe is not None:
-        text, where = r.read_recipe_text(recipe)
+        text, where = shipped.read_recipe_text(recipe)
         checked = r.parse_recipe(text, where)
         if common.json:
             o.print_json(checked.model_dump(mode="json", exclude_none=True))
-        elif recipe in r.shipped_names():
+        elif recipe in shipped.shipped_names():
             typer.echo(text, nl=False)
         elif not common.quiet:
             rules = f"{len(checked.rules)} rule" + ("s" if len(checked.rules) > 1 else "")
             budget = f", budget {checked.budget}" if checked.budget else ""
             typer.echo(f"{recipe} is a valid recipe: {rules}{budget}.")
     else:
-        listed = {name: r.read_about(name) for name in r.shipped_names()}
+        listed = {name: r.read_about(name) for name in shipped.shipped_names()}
         if common.json:
             o.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
         elif not common.quiet:

@@ -18,8 +18,6 @@ from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import sniff
 from asymswap.fileformats.torch_files import load_object
 
-SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
-
 _IMAGES = ("images", "x", "data")
 IMAGES = frozenset(f"{name}{part}" for name in _IMAGES for part in ("", "_train", "_test", "_val"))
 """Entries of a file that are images with or without labels."""

@@ -32,6 +32,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
+from asymswap.data.references import COLLECTIONS, HOW_TO_NAME, PAIRED, TENSORS, check_reference
 from asymswap.errors import SourceError, call, near_names, reason_of
 from asymswap.types import Patches, Preprocessing
 from asymswap.utils.tensors import generator_for
@@ -39,21 +40,13 @@ from asymswap.utils.tensors import generator_for
 Part = Literal["train", "test", "val"]
 PIL_MODES = {1: "L", 3: "RGB"}
 
-COLLECTIONS: dict[str, tuple[Any, str]] = {
+_COLLECTIONS: dict[str, tuple[Any, str]] = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
     "cifar100": (datasets.CIFAR100, "cifar-100-python"),
     "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST"),
     "mnist": (datasets.MNIST, "MNIST"),
 }
-"""The name in references: torchvision's class, and the folder that it looks for."""
-
-PAIRED = {"pairs": "INPUTS,TARGETS", "masks": "IMAGES,MASKS"}
-"""The names in references to images that go with others, which are no classes: see `asymswap.data.metrics`."""
-
-_HOW_TO_NAME = (
-    "give digits, or a folder that holds one folder of images for each class, or "
-    f"{', '.join(f'{name}:PATH' for name in COLLECTIONS)}, or a file of tensors ({', '.join(arrays.SUFFIXES)})"
-)
+"""For each of the `references.COLLECTIONS` torchvision's class, and the folder that it looks for."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,8 @@ def read_picture(path: str | Path, mode: str | None) -> Image.Image:
                 raise ValueError("pixels of 32 bits, of which nobody knows what is white")
             return image.convert(mode)
     # Besides its own OSErrors, Pillow passes decoders' errors on, and refuses decompression bombs.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # ImportError: a package that has put itself before Pillow, as ultralytics does, may lack one of its own.
+    except (OSError, SyntaxError, ValueError, ImportError, Image.DecompressionBombError) as error:
         raise SourceError(f"image '{path}' cannot be read ({error}); remove or replace it") from error
 
 
@@ -137,7 +131,7 @@ def open_data(
         takes = {"image-list": "lists of images", "image-pair": "pairs of images", "clips": "clips"}[known.form]
         raise SourceError(f"this network takes {takes}; data can be given to networks that take single images")
     place, channels, means, stds = Path(reference).expanduser(), known.channels, len(known.mean), len(known.std)
-    tensors = place.suffix in arrays.SUFFIXES and place.is_file()
+    tensors = place.suffix in TENSORS and place.is_file()
     if channels not in PIL_MODES and not tensors:
         raise SourceError(
             f"the model takes {channels} channels, images have 1 or 3; give `input_size=…`, or a file of tensors"
@@ -178,10 +172,8 @@ def open_data(
         description = f"file {place}: {len(labels)} images of {len(classes)} classes"
         own = images.dtype != torch.uint8
         return LabelledImages(labels, picture, classes, description, known, as_they_are=own)
-    if place.exists():
-        raise SourceError(f"data {reference!r} is a file; {_HOW_TO_NAME}")
-    hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {_HOW_TO_NAME}"
-    raise SourceError(f"data {reference!r} is neither a known name nor an existing folder{hint}")
+    check_reference(reference)
+    raise SourceError(f"data {reference!r} is neither a folder nor a file of tensors; {HOW_TO_NAME}")
 
 
 def patches_from(data: LabelledImages, size: int | None, count: int | None, noise: float, seed: int) -> LabelledImages:
@@ -213,7 +205,7 @@ def _patch(
 def _open_collection(
     name: str, folder: Path, preprocessing: Preprocessing, part: Part, download: bool
 ) -> LabelledImages:
-    make, holds = COLLECTIONS[name]
+    make, holds = _COLLECTIONS[name]
     # The folder above, or the unpacked folder itself.
     root = folder.parent if folder.name == holds else folder
     if not download and not (root / holds).is_dir():

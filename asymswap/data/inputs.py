@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, default_collate
 from asymswap.data import arrays
 from asymswap.data.datasets import LabelledImages, open_data, patches_from
 from asymswap.data.normalization import settle
+from asymswap.data.references import TENSORS
 from asymswap.errors import SourceError, call, reason_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_size
@@ -93,7 +94,7 @@ class _Rows:
 
 def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
     """Return the forward's arguments of a file that holds several of them by name; None for other data."""
-    if path.suffix not in arrays.SUFFIXES or not path.is_file():
+    if path.suffix not in TENSORS or not path.is_file():
         return None
     tensors = arrays.read_tensors(path)
     if len(tensors) < 2 or arrays.IMAGES & tensors.keys():

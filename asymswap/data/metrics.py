@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from asymswap.data import datasets
-from asymswap.data.datasets import PAIRED, PIL_MODES, LabelledImages, open_data, read_picture, to_input
+from asymswap.data.datasets import PIL_MODES, LabelledImages, open_data, read_picture, to_input
+from asymswap.data.references import PAIRED
 from asymswap.errors import AsymswapError, SourceError, call, listed, near_names, reason_of
 from asymswap.models.factories import found_callable
 from asymswap.models.opened import OpenedModel

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from asymswap.errors import SourceError, listed
 
+_SUFFIXES = (
+    ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch", ".json",
+)  # fmt: skip
+
 # What a pickle of protocol 0 or 1 begins with: a dict, a list or an OrderedDict.
 _OLD_PICKLES = (b"(d", b"(l", b"}q", b"]q", b"ccollections\nOrderedDict\n")
 
@@ -74,6 +78,12 @@ def sniff(path: Path) -> FileKind:
 def exists(path: Path) -> bool:
     """True where there is such a file or folder; a text too long for a path names none."""
     return os.path.exists(path)  # noqa: PTH110  # it never raises
+
+
+def is_file_name(text: str) -> bool:
+    """True for what is to be a file, not a network's name: it exists, has a slash, or ends as weights do."""
+    path = Path(text)
+    return exists(path) or path.suffix in _SUFFIXES or "/" in text
 
 
 def sha256(path: Path) -> str:

@@ -68,6 +68,13 @@ def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], .
         onnx.checker.check_model(str(path), full_check=True)
 
 
+def operators_of(path: Path) -> set[str]:
+    """Return the names of the operators in an ONNX file."""
+    import onnx
+
+    return {node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node}
+
+
 def open_session(
     path: Path, threads: int | None = None, profile: Path | None = None, provider: str = "CPUExecutionProvider"
 ) -> Any:
@@ -183,7 +190,10 @@ def failing_clearly(what: str) -> Iterator[None]:
             cause = cause.__cause__
         operator = re.search(r"target=torch\.ops\.([\w.]+)\]", str(cause.__context__ or error))
         where = "" if operator is None else f", at the operator {operator[1]}"
-        reason = reason_of(str(cause).strip().partition("\n")[0], 200) if str(cause) else type(cause).__name__
+        # OpenVINO says first where in its own code it was, and last what it does not know.
+        lines = [line for line in str(cause).strip().splitlines() if not line.startswith(("Exception from", "Check '"))]
+        unknown = [line for line in lines if "No conversion rule" in line]
+        reason = reason_of(" ".join((unknown or lines)[:1]), 200) or type(cause).__name__
         raise AsymswapError(f"{what} cannot express this model{where}: {reason} (`debug=True` shows more)") from error
 
 

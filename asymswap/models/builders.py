@@ -3,7 +3,6 @@
 Also: which of them a bare state dict belongs to, by the table of fingerprints, under every prefix that may be off.
 """
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,16 +82,6 @@ def family_of(reference: str) -> Family:
 def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Build the network of a full reference with random weights; raise SourceError for arguments it does not take."""
     return family_of(reference).build(reference, arguments)
-
-
-def near(reference: str) -> str:
-    """Say, for a message, which known references come close to one that is none, as a user writes them."""
-    name = reference.removeprefix("torchvision:")
-    written = [text.removeprefix("torchvision:") for text in known_references()]
-    # Without a prefix, our own networks are found too; of two by one name, torchvision's comes last and counts.
-    names = {text if ":" in name else text.removeprefix("cifar:"): text for text in written}
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(names[text] for text in close)}?" if close else ""
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import nn
 from asymswap.checkpoint import Header, stored_in
 from asymswap.errors import AsymswapError, SourceError, listed, reason_of
 from asymswap.fileformats import extra_state
-from asymswap.fileformats.detect import exists, resolve, sha256
+from asymswap.fileformats.detect import is_file_name, resolve, sha256
 from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
 from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Found, check_numbers, find_weights, load_state_
@@ -22,6 +22,7 @@ from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.converted import restore
 from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
 from asymswap.models.family import Family, Fit
+from asymswap.models.names import near
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.results.records import read_provenance
@@ -29,10 +30,6 @@ from asymswap.types import Origin, Progress, Shown, silent
 from asymswap.utils.files import fail_if_modified
 from asymswap.utils.inputs import arguments_of, placed
 from asymswap.utils.tensors import find_device, meta_copy
-
-FILE_SUFFIXES = (
-    ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch", ".json",
-)  # fmt: skip
 
 
 @dataclass
@@ -191,12 +188,7 @@ def is_file_reference(reference: str) -> bool:
     """True for a reference to a file: it exists and names no known network, or it looks like a path."""
     if builders.canonical(reference.partition("@")[0]) is not None or names_python_file(reference):
         return False
-    return _is_file(reference) or "\\" in reference
-
-
-def _is_file(text: str) -> bool:
-    path = Path(text)
-    return exists(path) or path.suffix in FILE_SUFFIXES or "/" in text
+    return is_file_name(reference) or "\\" in reference
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -220,7 +212,7 @@ def _open_reference(reference: str, request: _Request) -> OpenedModel:
     """Return the model that a reference other than a file names, with weights; raise SourceError."""
     if request.arch is not None:
         raise SourceError(f"`arch=…` goes with a file, and {reference!r} names a network itself")
-    if request.key is not None and not _is_file(str(request.weights)):
+    if request.key is not None and not is_file_name(str(request.weights)):
         raise SourceError(f'`key=…` goes with a file, and {reference!r} names a network; give `weights="FILE"` with it')
     name, weights = reference, request.weights
     if not names_python_file(reference):
@@ -230,7 +222,7 @@ def _open_reference(reference: str, request: _Request) -> OpenedModel:
         weights = weights_name or weights
     family, full = _find_network(name, f"no model {reference!r}, and no such file")
     own_code = isinstance(family, UserCode)
-    if weights not in (None, "none") and (own_code or _is_file(str(weights))):
+    if weights not in (None, "none") and (own_code or is_file_name(str(weights))):
         return _open_file(Path(str(weights)), replace(request, arch=full, weights=weights))
     if weights == "none" and not own_code:
         return family.describe(family.build(full, request.arguments), full, request.arguments, "random")
@@ -249,7 +241,7 @@ def _find_network(named: str | nn.Module, unknown: str = "") -> tuple[Family, st
         return builders.family_of(full), full
     if names_code(named):
         return UserCode(), named
-    hint = builders.near(named) or "; known are torchvision's names, timm:…, cifar:…, digits-resnet, module:factory"
+    hint = near(named)
     architecture = named.partition(".")[0]
     # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
     if architecture and importlib.util.find_spec("timm") and timm_models.timm().is_model(architecture):

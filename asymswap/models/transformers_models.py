@@ -6,7 +6,7 @@ nothing is downloaded. The config is kept as the network's arguments, so that a 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torchvision.transforms import InterpolationMode
 
 from asymswap.errors import SourceError, near_names
 from asymswap.models.family import Arguments, Family, input_channels
+from asymswap.models.opened import OpenedModel
 from asymswap.types import Preprocessing
+from asymswap.utils.files import write_file
 
 PREFIX = "transformers:"
 # By these a config could name other code (kernels of a hub as well), or another package to build the weights with.
@@ -98,6 +100,26 @@ def named_in(folder: Path) -> tuple[str, dict[str, Any]] | None:
     if preprocessor := _json(folder / "preprocessor_config.json"):
         arguments["preprocessor"] = preprocessor
     return f"{PREFIX}{classes[0]}", arguments
+
+
+def save(opened: OpenedModel, folder: Path, write: Callable[[Path], None]) -> Path:
+    """Write a folder whose config says, where `from_pretrained` is tried on it, how the network is loaded.
+
+    `write` writes the checkpoint, whose path is returned: a name that transformers does not look for, so that it cannot
+    take the original's class with random weights in the swapped convs. Raises SourceError for another family.
+    """
+    if not opened.origin.reference.startswith(PREFIX):
+        raise SourceError(f"{opened.reference} is no network of transformers, but {opened.origin.reference}")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "asymswap.safetensors"
+    write(file)
+    how = f'asymswap: convs were swapped, load it with asymswap.load("{folder.name}/{file.name}")'
+    arguments = opened.origin.arguments
+    config = {"model_type": how, "asymswap": {"reference": opened.origin.reference, "config": arguments["config"]}}
+    write_file(folder / "config.json", json.dumps(config, indent=1))
+    if arguments.get("preprocessor"):
+        write_file(folder / "preprocessor_config.json", json.dumps(arguments["preprocessor"], indent=1))
+    return file
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from torch import nn
 
 from asymswap.checkpoint import Header, read_checkpoint
 from asymswap.errors import AsymswapError, SourceError
-from asymswap.fileformats.detect import sha256
+from asymswap.fileformats.detect import is_file_name, sha256
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import names_python_file
-from asymswap.models.opening import FILE_SUFFIXES, Model, open_model
+from asymswap.models.opening import Model, open_model
 from asymswap.results.records import read_provenance
 from asymswap.types import Swap
 from asymswap.utils.tensors import deep_copy
@@ -105,7 +105,7 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
             except AsymswapError:
                 return str(path), {"arch": origin, "arguments": arguments}
         return str(path), {}  # an asymswap checkpoint, or a whole module, names its architecture itself
-    if any(mark in weights for mark in "/\\") or Path(weights).suffix in FILE_SUFFIXES:
+    if is_file_name(weights) or "\\" in weights:
         raise SourceError(f"the checkpoint names the weights {weights!r}, a path, which is not followed; {_GIVE}")
     if weights == "random":
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")

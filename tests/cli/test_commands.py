@@ -28,7 +28,8 @@ from asymswap.cli.failures import reporting_errors
 from asymswap.cli.main import main
 from asymswap.cli.options import default_output
 from asymswap.models.networks import BUILDERS
-from asymswap.planning.recipe import GROUPS, shipped_names
+from asymswap.planning.recipe import GROUPS
+from asymswap.planning.shipped import shipped_names
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COMMANDS = ("convert", "candidates", "recipes", "show", "compare", "fuse")

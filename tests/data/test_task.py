@@ -15,7 +15,7 @@ from torch import nn
 from asymswap.cli.data import calibration_of
 from asymswap.data.task import FUNCTIONS, Task, read_task
 from asymswap.errors import AsymswapError, SourceError
-from asymswap.planning.recipe import shipped_folder
+from asymswap.planning.shipped import shipped_folder
 from asymswap.utils.distributed import ALONE
 
 TEMPLATE = (shipped_folder() / "my_task.py").read_text(encoding="utf-8")

@@ -122,7 +122,7 @@ def sound_files() -> dict[str, bytes]:
     import asymswap
     from asymswap.models.networks import DIGITS_WEIGHTS, digits_resnet
     from asymswap.planning.plan import plan_text
-    from asymswap.planning.recipe import shipped_folder
+    from asymswap.planning.shipped import shipped_folder
 
     torch.manual_seed(0)
     net = digits_resnet()

@@ -115,3 +115,22 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 def test_other_folders_name_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     assert transformers_models.named_in(tmp_path) is None
+
+
+def test_from_pretrained_says_how_a_converted_network_is_loaded(folder: Path, tmp_path: Path) -> None:
+    conversion = asymswap.convert(folder, "acnet")
+    report = asymswap.export(conversion, tmp_path / "swapped", form="transformers")
+    for loader in (transformers.AutoModel, transformers.AutoModelForImageClassification):
+        with pytest.raises(ValueError, match=r"asymswap\.load"):
+            loader.from_pretrained(tmp_path / "swapped")
+    with pytest.raises((OSError, ValueError)):
+        transformers.ResNetForImageClassification.from_pretrained(tmp_path / "swapped")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = conversion.model.eval()(x).logits
+        assert torch.equal(asymswap.load(report.files[0].path)(x).logits, want)
+        assert torch.equal(asymswap.open_model(tmp_path / "swapped").model(x).logits, want)
+    with pytest.raises(AsymswapError, match="no network of transformers"):
+        asymswap.export("digits-resnet", tmp_path / "digits", form="transformers")
+    with pytest.raises(AsymswapError, match="it is a folder"):
+        asymswap.export(conversion, tmp_path / "swapped.pt", form="transformers")

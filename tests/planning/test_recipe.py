@@ -16,10 +16,8 @@ from asymswap.planning.recipe import (
     json_schema,
     parse_recipe,
     read_about,
-    read_recipe_text,
-    shipped_folder,
-    shipped_names,
 )
+from asymswap.planning.shipped import read_recipe_text, shipped_folder, shipped_names
 from asymswap.types import Call, ConvSpec, Neighbour, Site, Swap
 
 BASE = """
