@@ -57,6 +57,9 @@ from asymswap.utils.files import check_output, write_file
 from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
 from asymswap.utils.tensors import device_of, eval_mode, exact_convs, list_tensors
 
+# A loss that is told in the first line: points, decibels, and the relative change of outputs that nothing else judges.
+_MUCH, _MUCH_CHANGED = {"%": 0.01, "dB": 0.3}, 0.2
+
 
 @dataclass
 class Conversion(Made):
@@ -233,7 +236,7 @@ def convert(
             if calibrated is not None:
                 calibrated = replace(calibrated, notes=calibrated.notes + session.notes_on(evaluator))
             clock.stop("evaluate")
-        return replace(
+        found = replace(
             report,
             latency=times,
             untimed="Time was not measured; give `time=True`." if times is None else "",
@@ -245,6 +248,7 @@ def convert(
             fed=opened.fed,
             seconds=clock.seconds,
         )
+        return replace(found, warnings=(*_advice(found, converted.polished is not None), *found.warnings))
 
     report = session.team.first(measured)
     provenance = {
@@ -257,6 +261,32 @@ def convert(
     }
     header = replace(opened.header(), plans=(*opened.plans, converted.plan), provenance=provenance)
     return Conversion(converted.model.to(device_of(given.model)), report, header, base_of(given))
+
+
+def _advice(report: Report, polished: bool) -> Iterator[str]:
+    """Yield what was lost, where that is much, and what of all that helps was not yet done."""
+    accuracy, agreement, lost = report.accuracy, report.agreement, ""
+    scores = () if accuracy is None else accuracy.scores
+    for one in scores:
+        fall = (one.after - one.before) * (1 if one.lower_is_better else -1)
+        if fall > _MUCH.get(one.unit, math.inf):
+            lost = lost or f"{one.name} falls by {fmt.score_change(fall, one.unit).lstrip('+')}"
+    same = next((one.value for one in agreement.outputs if one.measure == "top-1"), None) if agreement else None
+    if accuracy is None and same is not None and 1 - same > _MUCH["%"]:
+        lost = f"{100 * (1 - same):.1f} % of the held-back inputs get another answer than the original's"
+    if accuracy is None and same is None and report.output.relative > _MUCH_CHANGED:
+        lost = f"the output changes by {fmt.error(report.output.relative)}"
+    times = report.latency.times if report.latency else ()
+    if any(one.ratio and one.ratio.is_significant and one.ratio.value > 1 for one in times):
+        yield "slower than before: ask for time in place of MACs, `latency=0.9`, which swaps only what pays"
+    if not lost:
+        return
+    if report.calibration is None:
+        yield f"{lost}: calibrate on some hundred images without labels, `calibration=DIR`"
+    elif not polished:
+        yield f"{lost}: polish it, `polish_minutes=5`, or ask for less"
+    else:
+        yield f"{lost}: fine-tune it with the original as its teacher (`asymswap finetune`), or ask for less"
 
 
 def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | str | None) -> dict[str, Any]:

@@ -35,6 +35,18 @@ SUMMARIES = {
 }
 """The files of this folder that are commands, and what each does; its docstring says more."""
 
+_MAIN = {
+    "convert": "recipe macs max_drop latency data polish_steps evaluate task_file output report arch input_size",
+    "sweep": "recipe macs data evaluate task_file output report arch weights input_size",
+    "finetune": "data epochs lr distill train task_file output resume",
+    "compare": "data against_original task_file report arch weights input_size",
+    "evaluate": "data metric against_original task_file arch weights input_size",
+    "benchmark": "runtime batch threads arch weights input_size",
+}
+"""The options that most need, of the commands that have many; --help-all shows the others too."""
+EVERYWHERE = "In all commands"
+"""The panel of the help that comes last."""
+
 
 def function(name: str) -> Command:
     """Return the function of a command, from whose signature Typer makes the options."""
@@ -46,7 +58,7 @@ def function(name: str) -> Command:
 def command(name: str) -> Any:
     """Return the command as Typer makes it, with all of its options."""
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name)(reporting_errors(function(name)))
+    alone.command(name, cls=_Command)(reporting_errors(function(name)))
     return typer.main.get_command(alone)
 
 
@@ -55,6 +67,27 @@ def begin_as(name: str) -> Any:
     made = command(name)
     begin({parameter.name: parameter for parameter in made.params if parameter.param_type_name == "option"})
     return made
+
+
+class _Command(TyperCommand):
+    """A command whose help shows the options that most need, and what all commands have last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        main = {*_MAIN.get(self.name or "", "").split(), "json", "quiet", "force", "help"}
+        whole = len(main) == 4 or "--help-all" in args
+        if not whole and {"-h", "--help"} & {*args}:
+            for one in self.params:
+                one.hidden = one.param_type_name == "option" and one.name not in main  # type: ignore[attr-defined]
+            left = sum(one.hidden for one in self.params)  # type: ignore[attr-defined]
+            self.epilog = f"{left} more options: asymswap {self.name} --help-all"
+        return super().parse_args(ctx, ["--help" if one == "--help-all" else one for one in args])
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)
+        for one in found:
+            if one.name == "help":
+                one.rich_help_panel, one.metavar = EVERYWHERE, ""
+        return sorted(found, key=lambda one: getattr(one, "rich_help_panel", None) == EVERYWHERE)
 
 
 class _Listed(TyperCommand):
@@ -124,6 +157,8 @@ def _parameter(
         kind, default = kind | None, None
     if kind in (bool, bool | None) and default is not False:
         flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}",)
+    if kind in (bool, bool | None):
+        about.setdefault("metavar", "")
     made = typer.Option(
         *flags, help=help, rich_help_panel=panel, show_default=True if shown is None else shown, **about
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asymswap.api.progress import bars, plain_console
-from asymswap.cli.commands import Group
+from asymswap.cli.commands import EVERYWHERE, Group
 from asymswap.cli.failures import in_flags
 from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
@@ -115,10 +115,10 @@ class Common:
     device: str | None = option(
         None, "Where it computes: cpu, cuda, cuda:1 or mps.", _MODEL, shown="images on a GPU if there is one"
     )
-    markdown: bool = option(False, "Print Markdown, for a pull request.")
-    json: bool = option(False, "Print JSON instead of tables.")
-    quiet: bool = option(False, "Show no progress and print no report.", flags=("--quiet", "-q"))
-    debug: bool = option(False, "Show the traceback of an error.")
+    markdown: bool = option(False, "Print Markdown, for a pull request.", EVERYWHERE)
+    json: bool = option(False, "Print JSON instead of tables.", EVERYWHERE)
+    quiet: bool = option(False, "Show no progress and print no report.", EVERYWHERE, flags=("--quiet", "-q"))
+    debug: bool = option(False, "Show the traceback of an error.", EVERYWHERE)
 
     def __post_init__(self) -> None:
         """Raise AsymswapError where both JSON and Markdown are asked for."""

@@ -293,11 +293,22 @@ def test_nothing_is_recorded_that_no_test_reads() -> None:
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "task"])
 def test_a_help_has_its_options_in_groups(name: str, show: Show) -> None:
     """No more than nine stand in one box without a name of its own: what they are for must be seen at a glance."""
-    text = show(f"{name} --help", 120)[0].text
+    text = show(f"{name} --help-all", 120)[0].text
     boxes = re.findall(r"─ ([A-Z][^─]*) ─+╮\n(.*?)╰", text, re.DOTALL)
     options = {title: len(re.findall(r"^│ +\*? *--", box, re.MULTILINE)) for title, box in boxes}
-    assert options["Options"] <= 9, options
+    assert options.get("Options", 0) <= 9, options
     assert sum(options.values()) > 4
+    assert boxes[-1][0].strip() == "In all commands"
+
+
+def test_the_help_of_convert_is_a_screen_of_what_most_need(show: Show) -> None:
+    short, whole = (show(f"convert {flag}", 80)[0].text for flag in ("--help", "--help-all"))
+    assert len(short.splitlines()) <= 60
+    assert "--help-all" in short
+    named = [set(re.findall(r"^│ +\*? *(--[a-z-]+)", text, re.MULTILINE)) for text in (short, whole)]
+    assert named[0] < named[1]
+    assert {"--recipe", "--macs", "--calibrate", "--polish", "--evaluate", "--arch", "--task"} <= named[0]
+    assert "<bool>" not in whole
 
 
 CONTROLS = re.compile(r"\x1b\[(\?25[hl]|2K|1A)")
