@@ -27,31 +27,60 @@ T = TypeVar("T")
 
 
 class AsymswapError(Exception):
-    """Something that the user asked for cannot be done; the text is one complete sentence for them."""
+    """Something that the user asked for cannot be done; the text is one complete sentence for them.
+
+    An option is out of its range, two options contradict each other, data does not fit the network, or a metric or loss
+    of yours gave no number. Change what the sentence names. It is also the base of the errors below: catch this one.
+    """
 
 
 class SourceError(AsymswapError):
-    """A model reference, a model file or a data reference cannot be used."""
+    """A model reference, a model file or a data reference cannot be used.
+
+    There is no such name or file, the file is damaged or holds something else, needs classes that are not read as data,
+    or its weights do not fit the architecture. Near names are given where there are some; `arch=…` names an
+    architecture, `key=…` which weights of a file.
+    """
 
 
 class TraceError(AsymswapError):
-    """The model cannot be run at the given input size, or holds nothing to look at."""
+    """The model cannot be run at the given input size, or holds nothing to look at.
+
+    Give the size that it takes, `input_size=…`, or, where it takes several inputs or other things than images,
+    `example_inputs=…` or a task with `inputs(batch)`. A wrapper around the network is not enough: give what computes.
+    """
 
 
 class RecipeError(AsymswapError):
-    """A recipe is not valid, or does not fit the model that it is applied to."""
+    """A recipe is not valid, or does not fit the model that it is applied to.
+
+    A key or value is unknown, a rule matches no conv, nothing would be swapped, or the budget cannot be reached: then
+    the least that can be is told. `asymswap candidates` lists the convs and why each is none.
+    """
 
 
 class PlanError(AsymswapError):
-    """A plan is not valid, or does not fit the model that it is applied to."""
+    """A plan is not valid, or does not fit the model that it is applied to.
+
+    It was made for another network, or edited so that it asks for what cannot be built. Make it again by
+    `asymswap convert --write-plan`.
+    """
 
 
 class CheckpointError(AsymswapError):
-    """An asymswap checkpoint cannot be read, or does not fit the model that it is loaded into."""
+    """An asymswap checkpoint cannot be read, or does not fit the model that it is loaded into.
+
+    The file is damaged, of a newer version, or of a class that only your code builds: the message then has the call
+    that loads it, `asymswap.load(path, model=Net())`.
+    """
 
 
 class OutputError(AsymswapError):
-    """A file cannot be written where the user asked for it."""
+    """A file cannot be written where the user asked for it.
+
+    It exists (`force=True` replaces it), its folder does not, its ending says no known form, or the disk is full. What
+    was there before is left as it was.
+    """
 
 
 def check_choice(what: str, value: object, known: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Write docs/reference/recipes.md and docs/reference/commands.md: the keys of recipes, and the options of commands.
+"""Write the pages of docs/reference/ that are made of code: the keys of recipes, the options of commands, the errors.
 
 The first is made from the JSON Schema (`asymswap recipes --schema`) and the shipped recipes, the second from the
 command line itself. `--check` compares instead of writing.
@@ -17,7 +17,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo
 
-from asymswap import replacements
+from asymswap import errors, replacements
 from asymswap.cli import commands
 from asymswap.planning.recipe import GROUPS, json_schema, read_about
 from asymswap.planning.shipped import read_recipe_text, shipped_names
@@ -303,7 +303,27 @@ class Parameter:
         return "" if given is None or given is False else f"`{getattr(given, 'value', given)}`"
 
 
-PAGES = {"recipes.md": recipes_page, "commands.md": commands_page}
+ERRORS_HEAD = """\
+# What the errors mean
+
+{written}
+
+On the command line an error is one line, `error: …`, that says what, which, the value and what to do; the exit code is
+1, and nothing is written. A typing mistake is code 2, Ctrl-C 130. With `--debug` the traceback shows where it arose. In
+Python the same text is that of an exception. Arguments are named there as in Python, and as options by the commands.
+
+"""
+
+
+def errors_page() -> str:
+    """Return the page of the error classes, by their docstrings."""
+    every = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.AsymswapError)]
+    parts = [f"## `{one.__name__}`\n\n{inspect.cleandoc(one.__doc__ or '')}\n" for one in every]
+    line = "`unexpected …; this is a bug` is a fault of asymswap: please report it, with what `--debug` prints.\n"
+    return ERRORS_HEAD.format(written=WRITTEN) + "\n".join([*parts, line])
+
+
+PAGES = {"recipes.md": recipes_page, "commands.md": commands_page, "errors.md": errors_page}
 
 
 def main() -> None:

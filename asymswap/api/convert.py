@@ -244,11 +244,11 @@ def convert(
             accuracy=scores,
             agreement=agreement,
             drop=dropped,
-            warnings=(*input_warnings(opened), *report.warnings),
             fed=opened.fed,
             seconds=clock.seconds,
         )
-        return replace(found, warnings=(*_advice(found, converted.polished is not None), *found.warnings))
+        advice = _advice(found, converted.polished is not None)
+        return replace(found, warnings=(*input_warnings(opened), *advice, *report.warnings))
 
     report = session.team.first(measured)
     provenance = {

@@ -31,6 +31,7 @@ SUMMARIES = {
     "fuse": "Turn branches and offset kinds back into ordinary convs that compute the same.",
     "export": "Write a converted model as ONNX, torch.export's .pt2 or a state dict, and check it against PyTorch.",
     "benchmark": "Time models in turn in PyTorch, ONNX Runtime, OpenVINO or torch.compile, and compare time with MACs.",
+    "doctor": "Print versions, devices, runtimes and folders, for a report of a fault.",
     "task": "Print a commented Python file for --task: your own data, inputs, metric and loss.",
 }
 """The files of this folder that are commands, and what each does; its docstring says more."""

@@ -141,6 +141,12 @@ _Known = dict[str, dict[str, tuple[int, float]]]
 """For each form of conv, and for "" (the conv itself) and each option, its MACs and seconds."""
 
 
+def cache_folder() -> Path:
+    """Return the folder of what was timed before."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "asymswap"
+
+
 def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
     """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now.
 
@@ -148,9 +154,7 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
     """
     about = {**machine(), **vars(bench.setting), "version": bench.version, "precision": timing.precision}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    given = os.environ.get("XDG_CACHE_HOME")
-    folder = timing.cache or (Path(given) if given else Path.home() / ".cache") / "asymswap"
-    path = folder / f"latency-{digest}.json"
+    path = (timing.cache or cache_folder()) / f"latency-{digest}.json"
     table: _Known = {}
     # A file that cannot be read is measured again.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -164,7 +168,7 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
         _fill(table, bench, sites, tries)
         # The file is a convenience: without it the next conversion measures again.
         with contextlib.suppress(OSError, OutputError):
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps({"machine": about, "seconds": table}, indent=1) + "\n")
     rest = bench.measure({"": bench.original}, list(sites), whole=False)[1][""].rest
 

@@ -175,12 +175,13 @@ def _agreed(one: OutputAgreement) -> str:
 
 def _first_lines(report: Report) -> list[str]:
     """Return what to read before any figure: the warnings, and if nothing was swapped, the command that says why."""
-    reference, lines = report.model.reference, [*report.warnings]
+    reference, lines = report.model.reference, list[str]()
     for row in report.latency.times if report.latency is not None else ():
         ratio = row.ratio
         if ratio is not None and ratio.is_significant and ratio.value > 1:
             interval = f"{ratio.low:.2f} to {ratio.high:.2f} with {fmt.score(ratio.confidence, '%', 0)} confidence"
             lines.append(f"slower in {fmt.runtime(row.runtime)}: it takes {ratio.value:.2f} of the time ({interval})")
+    lines += report.warnings
     if not report.sites:
         lines.append(f"nothing was swapped: {reference} has no Conv2d")
     elif not report.swapped:
@@ -293,6 +294,7 @@ def to_html(report: Report, provenance: Provenance) -> str:
         verdicts=_verdicts(report),
         kept=kept_lines(row for row in report.sites if row.action == "keep"),
         latency=_latency(report),
+        markdown=report_view(report, None).markdown(),
         fused=fusion_table(provenance.fused),
         origin=origin,
     )

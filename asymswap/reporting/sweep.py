@@ -10,6 +10,8 @@ from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
 from asymswap.reporting.tables import WIDE, Column, Screen, Table
 from asymswap.results.sweep import Point, Tradeoff
 
+_SPAN = {"%": 5.0, "dB": 1.0}
+"""The least that the axis of scores spans, by their unit."""
 _MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
@@ -115,6 +117,11 @@ def draw(sweep: Tradeoff, form: str) -> bytes:
     if len(sweep.front) > 1:
         (front,) = axes.plot(*places(sweep.front), color="0.75", linewidth=6, alpha=0.6, zorder=0)
         named.append((front, "Pareto front"))
+    low, high = axes.get_ylim()
+    if first.unit in _SPAN and high - low < _SPAN[first.unit]:
+        # Else the axis would make a cliff of what is next to nothing.
+        more = _SPAN[first.unit] - (high - low)
+        axes.set_ylim(low - 0.8 * more, high + 0.2 * more)
     axes.set_xlabel(f"{_MEASURES[sweep.measure]} left, as a fraction")
     axes.set_ylabel(fmt.clean(first.name + (f" in {first.unit}" if first.unit else "")), parse_math=False)
     axes.set_title(fmt.clean(sweep.model), parse_math=False)

@@ -25,7 +25,6 @@ TINY = {"ratio": 0.1}
 )
 def test_what_was_lost_comes_with_what_to_do_next(options: dict[str, Any], expected: str) -> None:
     warnings = asymswap.convert("digits-resnet", "3x3-only", overrides=TINY, **options).report.warnings
-    assert len(warnings) > 0
     assert re.search(expected, warnings[0])
 
 

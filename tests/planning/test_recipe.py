@@ -228,9 +228,9 @@ SPOKEN_OF = {
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_the_readme_names_every_shipped_recipe(name: str) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    assert f"`{name}`" in readme.read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0]
+def test_which_recipe_names_every_shipped_one(name: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "guide" / "which-recipe.md"
+    assert f"`{name}`" in page.read_text(encoding="utf-8").split("## A recipe of your own")[0]
 
 
 @pytest.mark.parametrize("name", SPOKEN_OF)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from made_reports import PROVENANCE, kept, like_resnet50, report, site
 
 from asymswap.errors import CheckpointError
-from asymswap.reporting.convert import to_html
+from asymswap.reporting.convert import report_view, to_html
 from asymswap.results.convert import FusionRow, OutputChange, Report
 from asymswap.results.records import Provenance, read_provenance, read_report, to_json
 from asymswap.types import Cost
@@ -201,7 +201,9 @@ class TestSections:
 
     def test_how_it_was_made(self) -> None:
         tree = page(like_resnet50())
-        assert [tag.text for tag in tree.all("pre")] == [PROVENANCE.command, PROVENANCE.recipe.strip()]
+        command, recipe, markdown = (tag.text for tag in tree.all("pre"))
+        assert [command, recipe] == [PROVENANCE.command, PROVENANCE.recipe.strip()]
+        assert markdown == report_view(like_resnet50(), None).markdown()
         facts = {tag.all("dt")[0].text: tag.all("dd")[0].text for tag in tree.all("section")[-1].all("div")}
         assert facts["Changed in it"] == "budget.macs = 0.5"
         assert facts["Versions"] == "asymswap 0.1.0, torch 2.14.1"

@@ -1,6 +1,23 @@
 
 "use strict";
 (() => {
+  const markdown = document.querySelector(".markdown");
+  const copy = document.createElement("button");
+  copy.type = "button";
+  copy.textContent = "Copy as Markdown";
+  copy.addEventListener("click", async () => {
+    const text = markdown.querySelector("pre");
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+    } catch {
+      // Where a page may not write to the clipboard, its text is marked, for the keys.
+      markdown.open = true;
+      getSelection().selectAllChildren(text);
+    }
+    copy.textContent = markdown.open ? "Marked: press Ctrl+C" : "Copied";
+  });
+  markdown.before(copy);
+
   const table = document.querySelector("table.layers");
   const body = table.tBodies[0];
   const rows = [...body.rows];
