@@ -5,12 +5,14 @@
 
 import importlib
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import rich.table
@@ -21,6 +23,7 @@ from asymswap.errors import visible
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import render
 from asymswap.results.evaluate import Score
+from asymswap.results.records import to_json
 
 WIDE = 110
 """Terminals of at least this many columns show more columns of most tables."""
@@ -244,6 +247,22 @@ def to_line(result: Any) -> str:
 
 def to_fragment(result: Any) -> str:
     """Return a result as a part of a page: its style is for this part alone, and all text in it is escaped."""
+    return _drawn(result, "fragment.html.j2", "fragment.css")
+
+
+def to_page(result: Any, title: str) -> str:
+    """Return a result as a whole page, which needs no other file."""
+    return _drawn(result, "page.html.j2", title=title)
+
+
+def to_file(result: Any, path: Path, title: str) -> str:
+    """Return a result in the form of the file's ending: a page, Markdown, or JSON."""
+    if path.suffix == ".html":
+        return to_page(result, title)
+    return view(result, None).markdown() if path.suffix == ".md" else json.dumps(to_json(result), indent=2) + "\n"
+
+
+def _drawn(result: Any, template: str, sheet: str = "report.css", **values: Any) -> str:
     screen = view(result, _ALL)
     items = [item if isinstance(item, Table) else str(item) for item in screen.items]
-    return render("fragment.html.j2", sheet="fragment.css", screen=screen, items=items)
+    return render(template, sheet=sheet, screen=screen, items=items, **values)
