@@ -62,8 +62,7 @@ class RecipeError(AsymswapError):
 class PlanError(AsymswapError):
     """A plan is not valid, or does not fit the model that it is applied to.
 
-    It was made for another network, or edited so that it asks for what cannot be built. Make it again by
-    `asymswap convert --write-plan`.
+    It was made for another network, or edited so that it asks for what cannot be built. Make it again for this one.
     """
 
 

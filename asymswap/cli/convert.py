@@ -2,12 +2,14 @@
 
 import shlex
 import sys
+import time as time_module
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from asymswap.api.progress import bars
+from asymswap.cli import STARTED
 from asymswap.cli import data as d
 from asymswap.cli import options as o
 from asymswap.cli.failures import in_flags
@@ -74,6 +76,7 @@ def convert(
         if not dry_run:
             check_suffix(target)
         by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
+        loading = time_module.perf_counter() - STARTED
         conversion = asymswap.convert(
             common.model(model, step),
             recipe,
@@ -94,6 +97,8 @@ def convert(
         )
         provenance = {**conversion.header.provenance, "command": repeatable(sys.argv[1:])}
         conversion.header = replace(conversion.header, provenance=provenance)
+        seconds = {"start": round(loading, 3), **conversion.report.seconds}
+        conversion.report = replace(conversion.report, seconds=seconds)
         if not dry_run and team.leads:
             step("writing", 0, 1)
             asymswap.save(conversion, target, force=force)

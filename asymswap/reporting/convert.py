@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def to_html(report: Report, provenance: Provenance) -> str:
         verdicts=_verdicts(report),
         kept=kept_lines(row for row in report.sites if row.action == "keep"),
         latency=_latency(report),
-        markdown=report_view(report, None).markdown(),
+        markdown=report_view(replace(report, seconds={}), None).markdown(),
         fused=fusion_table(provenance.fused),
         origin=origin,
     )

@@ -195,7 +195,9 @@ def show_view(path: str, header: Any) -> Screen:
     Raises CheckpointError or one of Python's errors where the provenance, which anybody may have written, is damaged.
     """
     made, origin = read_provenance(header.provenance, path), header.origin
-    arguments = ", ".join(f"{key}={value}" for key, value in origin.arguments.items())
+    texts = {key: str(value) for key, value in origin.arguments.items()}
+    # A whole yaml or config is an argument, too.
+    arguments = ", ".join(f"{key}={text if len(text) <= 60 else '…'}" for key, text in texts.items())
     known = [
         ("built from", origin.reference + (f" ({arguments})" if arguments else "")),
         ("input", fmt.fed(fed(header.preprocessing))),
