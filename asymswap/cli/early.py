@@ -38,6 +38,8 @@ def _check_model(reference: str, given: Mapping[str, Any]) -> None:
     name = reference.partition("@")[0]
     networks = stored_networks()
     channels = networks.get(name) or networks.get(f"torchvision:{name}")
+    if channels is None and re.match(r"\w[\w.-]+:", reference):  # a family's, or code: they know their own
+        return
     if channels is None and is_file_name(reference) and not re.search(r"\.py\b", reference):
         if not exists(Path(reference)):
             sniff(Path(reference))  # which says what to do

@@ -61,7 +61,8 @@ for line, expected in {MISTAKES!r}.items():
 @pytest.mark.parametrize(
     "reference",
     ["resnet18", "resnet18@IMAGENET1K_V1", "torchvision:resnet18", "cifar:resnet20", "digits-resnet", "timm:resnet18",
-     "quantized_resnet18", "pkg.mod:factory", "net.py:Net", "nets@home/net.py:Net", "ultralytics:yolov8n"],
+     "quantized_resnet18", "pkg.mod:factory", "net.py:Net", "nets@home/net.py:Net", "ultralytics:yolov8n",
+     "ultralytics:path/to/own.yaml", "timm:hf-hub:somebody/net"],
 )  # fmt: skip
 def test_what_may_be_right_is_left_to_the_verbs(reference: str) -> None:
     early.check({"model": reference, "models": [reference], "recipe": "3x3-only", "macs": 0.5, "data": "digits"})
