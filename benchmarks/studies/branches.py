@@ -129,21 +129,32 @@ def page(results: dict[str, Any]) -> str:
     for key, row in results["rows"].items():
         network, recipe, seed = json.loads(key)
         grouped.setdefault((network, recipe), {})[seed] = row
-    lines = []
+    lines, best = [], dict[str, float]()
     for (network, recipe), rows in grouped.items():
         plain = grouped[network, "none"]
         gains = [row["after"] - plain[seed]["after"] for seed, row in rows.items() if seed in plain]
         after = [row["after"] for row in rows.values()]
+        if recipe != "none" and gains:
+            best[network] = max(best.get(network, -100.0), mean(gains))
         lines.append(
             [network, recipe, f"{mean(row['before'] for row in rows.values()):.2f}", spread(after),
              "-" if recipe == "none" else spread(gains, "+"), f"{mean(row['cpu'] for row in rows.values()):.0f}",
              str(len(rows))]
         )  # fmt: skip
+    lengths = results["lengths"]
     return TEXT.format(
         table=markdown_table(COLUMNS, lines, left=2),
-        lengths="\n".join(f"- {network}: {length}" for network, length in results["lengths"].items()),
+        lengths="\n".join(f"- {network}: {length}; {verdict(best[network])}" for network, length in lengths.items()),
         state=state(),
         machine=machine_text(),
+    )
+
+
+def verdict(gain: float) -> str:
+    return (
+        f"the best gains {gain:.2f}"
+        if gain > 0
+        else "nothing is gained by branches: without them it is as good or better"
     )
 
 

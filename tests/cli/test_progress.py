@@ -56,6 +56,7 @@ QUIET = [
     "convert digits-resnet --recipe 3x3-only",
     "recipes",
     "recipes mine.toml",
+    "doctor",
     "show digits-resnet.asym.pt --report r.html",
     "show offset.pt --offsets",
     "compare digits-resnet digits-resnet.asym.pt --no-latency",
