@@ -208,9 +208,11 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
     checks = []
     for images, size in tried:
         inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
+        with torch.no_grad():
+            expected = model(*inputs)
         try:
             with torch.no_grad():
-                expected, found = model(*inputs), run(inputs)
+                found = run(inputs)
         except Exception as error:  # each program has errors of its own
             fixed = "its code fixes a size that may differ, so export it with the library that it is from"
             raise AsymswapError(

@@ -323,17 +323,17 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _known() -> dict[str, str]:
+def _known() -> set[str]:
     folder = Path(package("ultralytics").__file__).parent / "cfg" / "models"
-    return {path.name: str(path) for path in sorted(folder.rglob("*.yaml"))}
+    return {path.name for path in folder.rglob("*.yaml")}
 
 
 def _yaml(reference: str) -> dict[str, Any]:
     """Read the yaml that a reference names: a file, or one of the package's, with the letter of a size in its name."""
     tasks, name = package("ultralytics.nn.tasks"), reference.removeprefix(PREFIX)
     unscaled = re.sub(r"(\d+)([nslmx])(.*)", r"\1\3", Path(name).name)
-    if not Path(name).is_file() and not {name, unscaled} & _known().keys():
-        sized = [re.sub(r"(\d+)(.*)", rf"\1{letter}\2", one) for one in _known() for letter in "nsmlx"]
+    if not Path(name).is_file() and not {name, unscaled} & _known():
+        sized = [re.sub(r"(\d+)(.*)", rf"\1{letter}\2", one) for one in sorted(_known()) for letter in "nsmlx"]
         raise SourceError(f"ultralytics has no {name}, and no such file is here{near_names(name, sized)}")
     config: dict[str, Any] = tasks.yaml_model_load(name)
     return config
@@ -363,7 +363,7 @@ def _checked(config: Any, reference: str) -> dict[str, Any]:
         if not allowed and name != "Silence":
             known = [one for one in dir(layers) if isinstance(getattr(layers, one), type)]
             raise SourceError(f"the yaml of {reference} names {name!r}, which is no layer{near_names(name, known)}")
-    numbers = _numbers([*found.values()])
+    numbers = _numbers([value for value in found.values() if not isinstance(value, str)])  # a file's name is no size
     if repeats > _MOST_LAYERS or max(map(abs, numbers), default=0) > _MOST_WIDTH:
         raise SourceError(f"the yaml of {reference} asks for more layers or channels than any network has")
     activation = found.get("activation")

@@ -241,7 +241,7 @@ def test_a_yaml_names_layers_alone(change: dict[str, Any], message: str) -> None
 
 
 def test_an_own_yaml_is_a_model(x: torch.Tensor, tmp_path: Path) -> None:
-    arguments = {"yaml": {**ROWS, "backbone": DEEPER, "activation": "nn.ReLU()"}}
+    arguments = {"yaml": {**ROWS, "backbone": DEEPER, "activation": "nn.ReLU()", "yaml_file": "net-20261130.yaml"}}
     opened = asymswap.open_model("ultralytics:own.yaml", arguments=arguments, input_size=(3, SIZE, SIZE))
     assert any(isinstance(module, torch.nn.ReLU) for module in opened.model.modules())
     conversion = asymswap.convert(opened, "3x3-only")
