@@ -1,13 +1,16 @@
-"""Write the pages of docs/reference/ that are made of code: the keys of recipes, the options of commands, the errors.
+"""Write the pages of docs/reference/ that are made of code: recipes, commands, errors, the Python interface.
 
 The first is made from the JSON Schema (`asymswap recipes --schema`) and the shipped recipes, the second from the
-command line itself. `--check` compares instead of writing.
+command line itself, the others from docstrings. `--check` compares instead of writing.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
 import sys
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo
 
+import asymswap
 from asymswap import errors, replacements
 from asymswap.cli import commands
 from asymswap.planning.recipe import GROUPS, json_schema, read_about
@@ -323,7 +327,97 @@ def errors_page() -> str:
     return ERRORS_HEAD.format(written=WRITTEN) + "\n".join([*parts, line])
 
 
-PAGES = {"recipes.md": recipes_page, "commands.md": commands_page, "errors.md": errors_page}
+# The public names in the order of their page.
+PYTHON = {
+    "Opening": ["open_model", "OpenedModel"],
+    "Converting": ["candidates", "plan", "convert", "save", "load", "sweep"],
+    "After a conversion": ["finetune", "evaluate", "compare", "benchmark", "write_report", "offsets"],
+    "Deploying": ["fuse", "save_fused", "export", "as_yolo"],
+    "Options": ["Calibration", "PreprocessingOptions", "Metric", "Timing", "Training"],
+    "Results": ["Conversion", "Fusion", "FineTuned", "AsymswapError"],
+}
+
+
+def python_page() -> str:
+    """Return the page of the Python interface: what stands by hand before the mark, then signatures and docstrings."""
+    by_hand = (DOCS / "python.md").read_text(encoding="utf-8").partition(WRITTEN)[0]
+    parts = []
+    for title, names in PYTHON.items():
+        parts.append(f"## {title}")
+        parts += [about(name, getattr(asymswap, name)) for name in names]
+    return by_hand + "\n\n".join([WRITTEN, *parts]) + "\n"
+
+
+def about(name: str, what: Any) -> str:
+    """Return the section of a public name: of a function its signature, of a class its fields and methods."""
+    head = [f"### `{name}`"]
+    if not isinstance(what, type):
+        what = inspect.unwrap(what)
+        return "\n\n".join([*head, signature(source_of(what), "asymswap."), docstring(what)])
+    tree = source_of(what)
+    methods = [part for part in tree.body if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")]
+    parts = [docstring(what), fields_of(what)]
+    for method in methods:
+        prefix = "property: " if any(ast.unparse(one) == "property" for one in method.decorator_list) else ""
+        call = ast.unparse(method.args).removeprefix("self").removeprefix(", ")
+        shown = method.name if prefix else f"{method.name}({call})"
+        returns = f" -> {ast.unparse(method.returns)}" if method.returns is not None else ""
+        parts.append(f"- {prefix}`{shown}{returns}`: {' '.join((ast.get_docstring(method) or '').split())}")
+    return "\n\n".join([*head, *filter(None, parts)]).replace("\n\n- ", "\n- ").replace("|\n- ", "|\n\n- ")
+
+
+def source_of(what: Any) -> Any:
+    """Return the syntax tree of a function or a class."""
+    return ast.parse(textwrap.dedent(inspect.getsource(what))).body[0]
+
+
+def docstring(what: Any) -> str:
+    """Return the docstring; a public name must have one."""
+    found = inspect.getdoc(what)
+    if not found:
+        raise SystemExit(f"a public name without a docstring: {what}")
+    return found
+
+
+def signature(function: ast.FunctionDef, prefix: str) -> str:
+    """Return the signature as Python, an argument a line where it is long."""
+    arguments = [ast.unparse(one) for one in (*function.args.posonlyargs, *function.args.args)]
+    defaults = function.args.defaults
+    for number, value in enumerate(defaults, len(arguments) - len(defaults)):
+        arguments[number] += f" = {ast.unparse(value)}"
+    arguments += ["*"] if function.args.kwonlyargs else []
+    for one, value in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        arguments.append(ast.unparse(one) + ("" if value is None else f" = {ast.unparse(value)}"))
+    returns = f") -> {ast.unparse(function.returns)}" if function.returns is not None else ")"
+    line = f"{prefix}{function.name}({', '.join(arguments)}{returns}"
+    if len(line) > 100:
+        line = "\n".join([f"{prefix}{function.name}(", *(f"    {one}," for one in arguments), returns])
+    return f"```text\n{line}\n```"
+
+
+def fields_of(what: type) -> str:
+    """Return a table of a dataclass's own fields: type, default, and its help text or comment."""
+    if not dataclasses.is_dataclass(what):
+        return ""
+    types = {
+        ast.unparse(part.target): ast.unparse(part.annotation)
+        for part in source_of(what).body
+        if isinstance(part, ast.AnnAssign)
+    }
+    rows = []
+    for one in dataclasses.fields(what):
+        if one.name in types:
+            known = one.default is not dataclasses.MISSING
+            given = f"`{one.default!r}`" if known and one.default is not None and one.default != "" else ""
+            rows.append([f"`{one.name}`", f"`{types[one.name]}`", given, one.metadata.get("help", "")])
+    head = ["field", "type", "default", "what"]
+    if not any(row[3] for row in rows):
+        head, rows = head[:3], [row[:3] for row in rows]
+    lines = [head, ["---"] * len(head), *([cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+PAGES = {"recipes.md": recipes_page, "commands.md": commands_page, "errors.md": errors_page, "python.md": python_page}
 
 
 def main() -> None:

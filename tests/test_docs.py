@@ -194,7 +194,7 @@ def test_the_pages_made_from_code_are_those_of_this_code() -> None:
 
 def test_the_python_page_speaks_of_every_public_name() -> None:
     page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
-    spoken_of = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
+    spoken_of = {line.strip("# `") for line in page.splitlines() if line.startswith("### ")}
     assert spoken_of == {*asymswap.__all__} - {"__version__"}
 
 
@@ -202,7 +202,6 @@ def test_the_python_page_speaks_of_every_public_name() -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as by `make docs`: a warning is an error."""
     pytest.importorskip("material", reason="mkdocs-material is not installed")
-    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
@@ -221,6 +220,10 @@ def test_the_site_has_every_page_and_every_docstring(site: Path) -> None:
     docs = ROOT / "docs"
     assert {path.relative_to(docs).with_suffix(".html").as_posix() for path in docs.rglob("*.md")} <= built
     assert {"index.html", "security.html", "contributing.html", "changelog.html"} <= built
+    notebook = (site / "guide" / "notebook.html").read_text(encoding="utf-8")
+    assert 'href="notebook.ipynb"' in notebook
+    assert "asymswap.export(" in re.sub("<[^>]+>", "", notebook)
+    assert (site / "guide" / "notebook.ipynb").exists()
     python = (site / "reference" / "python.html").read_text(encoding="utf-8")
     for name in {*asymswap.__all__} - {"__version__"}:
         about = (getattr(asymswap, name).__doc__ or "").split("`")[0].split(":")[0].split("\n")[0].strip()[:40]
