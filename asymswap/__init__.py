@@ -10,35 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from asymswap.api.benchmark import benchmark as benchmark
-    from asymswap.api.candidates import candidates as candidates
-    from asymswap.api.compare import compare as compare
-    from asymswap.api.convert import Conversion as Conversion
-    from asymswap.api.convert import convert as convert
-    from asymswap.api.convert import plan as plan
-    from asymswap.api.convert import save as save
-    from asymswap.api.convert import write_report as write_report
-    from asymswap.api.evaluate import evaluate as evaluate
-    from asymswap.api.export import as_yolo as as_yolo
-    from asymswap.api.export import export as export
-    from asymswap.api.finetune import FineTuned as FineTuned
-    from asymswap.api.finetune import finetune as finetune
-    from asymswap.api.fuse import Fusion as Fusion
-    from asymswap.api.fuse import fuse as fuse
-    from asymswap.api.fuse import save_fused as save_fused
-    from asymswap.api.load import load as load
-    from asymswap.api.offsets import offsets as offsets
-    from asymswap.api.sweep import sweep as sweep
-    from asymswap.calibration.config import Calibration as Calibration
-    from asymswap.data.metrics import Metric as Metric
-    from asymswap.errors import AsymswapError as AsymswapError
-    from asymswap.measure.timing import Timing as Timing
-    from asymswap.models.opened import OpenedModel as OpenedModel
-    from asymswap.models.opening import open_model as open_model
-    from asymswap.models.preprocessing import PreprocessingOptions as PreprocessingOptions
-    from asymswap.training.config import Training as Training
+    from asymswap.api.benchmark import benchmark
+    from asymswap.api.candidates import candidates
+    from asymswap.api.compare import compare
+    from asymswap.api.convert import Conversion, convert, plan, save, write_report
+    from asymswap.api.evaluate import evaluate
+    from asymswap.api.export import as_yolo, export
+    from asymswap.api.finetune import FineTuned, finetune
+    from asymswap.api.fuse import Fusion, fuse, save_fused
+    from asymswap.api.load import load
+    from asymswap.api.offsets import offsets
+    from asymswap.api.sweep import sweep
+    from asymswap.calibration.config import Calibration
+    from asymswap.data.metrics import Metric
+    from asymswap.errors import AsymswapError
+    from asymswap.measure.timing import Timing
+    from asymswap.models.opened import OpenedModel
+    from asymswap.models.opening import open_model
+    from asymswap.models.preprocessing import PreprocessingOptions
+    from asymswap.training.config import Training
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "api.benchmark": ["benchmark"],
@@ -63,7 +55,12 @@ _HOMES = {
 }
 _MODULES = {name: f"asymswap.{module}" for module, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *_MODULES]
+__all__ = [
+    "AsymswapError", "Calibration", "Conversion", "FineTuned", "Fusion", "Metric", "OpenedModel",
+    "PreprocessingOptions", "Timing", "Training", "__version__", "as_yolo", "benchmark", "candidates", "compare",
+    "convert", "evaluate", "export", "finetune", "fuse", "load", "offsets", "open_model", "plan", "save",
+    "save_fused", "sweep", "write_report",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
