@@ -7,7 +7,8 @@ One process per network tries each kind; rows in the JSON are not measured again
 (seed 0); batch norms have the statistics of random images, so that outputs have a usual size. In the Markdown file only
 the part after the marker is rewritten.
 
-For each kind the same convs: kernels of 3x3 and larger with at least 8 input channels, grouped and depthwise ones too.
+For each kind the same convs: kernels of 3x3 and larger with at least 8 input channels, grouped and depthwise ones too;
+for `low-rank` 1x1 convs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,14 @@ MATCH = 'match = { kernel = { min = "3x3" }, in_channels = { min = 8 }'
 HALF = '\n[budget]\nmacs = 0.5\nover = "matched"\n'
 # Without dilation: built without holes, the kernel of a conv of dilation 36 with 2048 channels would take 12 GB.
 UNDILATED = ', dilation = "1x1"'
+REPVGG = 'branches = ["1x1", "identity?"], bn = "branch", start = "share"'
+DBB = 'branches = ["1x1", "1x1-kxk", "avg"], bn = "branch"'
 RECIPES = {
     "separable": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "separable" }}\n{HALF}',
+    "low-rank": '[[rules]]\nmatch = { kernel = "1x1", in_channels = { min = 8 } }\nswap = { kind = "low-rank" }\n'
+    + HALF,
+    "branches, repvgg": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "branches", {REPVGG} }}\n',
+    "branches, dbb": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "branches", {DBB} }}\n',
     "acb, shared": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "acb", bn = "shared" }}\n',
     "acb, branch": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "acb", bn = "branch" }}\n',
     "cross": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "cross" }}\n',
@@ -41,7 +48,7 @@ RECIPES = {
     "predicted-offset": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "predicted-offset" }}\n',
     "predicted-offset, mask": f'[[rules]]\n{MATCH} }}\nswap = {{ kind = "predicted-offset", mask = true }}\n',
 }
-EXACT = [name for name in RECIPES if name not in ("separable", "cross")]
+EXACT = [name for name in RECIPES if name not in ("separable", "low-rank", "cross")]
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ class Bench:
                 if parameter.grad is not None:
                     reached[key] = max(reached[key], float(parameter.grad.abs().max()))
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         model.eval()
         return {
             "losses": losses,
@@ -290,6 +297,8 @@ def survey(args: argparse.Namespace) -> dict[str, Any]:
     for number, name in enumerate(args.models, start=1):
         rows = data["rows"].setdefault(name, {})
         lacking = [kind for kind in args.kinds if args.again or "ms" not in rows.get(kind, {})]
+        if name == "vgg16_bn" and "low-rank" in lacking:
+            lacking.remove("low-rank")  # it has no 1x1 convs
         if not lacking:
             continue
         command = [sys.executable, __file__, "--worker", name, "--threads", f"{args.threads}", "--kinds", *lacking]
@@ -376,9 +385,10 @@ def _oddities(done: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
 
 EXPLANATION = f"""\
 Weights, images and labels are random (seed 0): this measures costs and whether everything works, not accuracy. Each
-kind gets the same convs: 3x3 and larger with at least 8 input channels, grouped and depthwise ones too. A kind may
-refuse some (even kernels), and dilated convs were excluded from the offset kinds. `separable` keeps half of the MACs of
-these convs, `predicted-offset` has one offset group; all other settings are defaults.
+kind gets the same convs: 3x3 and larger with at least 8 input channels, grouped and depthwise ones too; `low-rank` the
+1x1 convs with as many, of which vgg16_bn has none. A kind may refuse some (even kernels), and dilated convs were
+excluded from the offset kinds. `separable` and `low-rank` keep half of the MACs of their convs, `predicted-offset` has
+one offset group, `branches` are those of the recipes of that name; all other settings are defaults.
 
 - swapped: number of convs. Parameters, MACs: of the whole network, x the original's.
 - latency: x the original's, one image of 224 x 224 (CIFAR networks: 32 x 32), channels_last, networks alternating, the
