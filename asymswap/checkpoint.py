@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from asymswap.errors import CONTROL, CheckpointError, OutputError, PlanError, validation_text
 from asymswap.fileformats import detect, extra_state
 from asymswap.fileformats.model_file import modules_in, read_raw, states_of_modules
-from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import State, stored_tensors
 from asymswap.fileformats.torch_files import RawFile
 from asymswap.planning.plan import plan_from_json
@@ -128,10 +127,7 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
         text, state = raw.value["asymswap"], raw.value.get("state_dict")
     inside = next((one for one in modules_in(raw.value) if isinstance(one.state.get(MODULE_HEADER), str)), None)
     if text is None and inside is not None:
-        try:
-            text, state = inside.state[MODULE_HEADER], states_of_modules(inside)[0]
-        except MalformedError as error:
-            raise CheckpointError(f"{label} is cut off or damaged: {error}") from None
+        text, state = inside.state[MODULE_HEADER], states_of_modules(inside, label)[0]
         # Where a program keeps halves of what it has trained in float32.
         state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     if text is None:

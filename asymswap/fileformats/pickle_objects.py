@@ -4,7 +4,6 @@ A module's class comes from `allowlist.txt` (made by benchmarks/make_allowlist.p
 attributes are checked before they are set. What is of other classes stays a `Record`; nothing of it is imported.
 """
 
-import argparse
 import functools
 import importlib
 import math
@@ -93,11 +92,6 @@ def allowed_names() -> frozenset[str]:
     return module_names() | HELPERS | _CLASSES | _CALLS | ARRAY_CALLS | read
 
 
-def is_allowed(name: str) -> bool:
-    """True for a global of which something is made, or the type of a storage."""
-    return name in allowed_names() or name in pickle_reader.storage_dtypes()
-
-
 def is_allowed_module(model: nn.Module) -> bool:
     """True where every class in a module tree is of the allowlist, so that its structure can be stored and loaded."""
     return all(f"{type(m).__module__}.{type(m).__qualname__}" in module_names() for m in model.modules())
@@ -175,20 +169,17 @@ class Builder:
         if kind not in _COMPOSITE:
             return _Found(value)
         known = self._done.get(id(value))
+        if depth + (known[1].levels if known else 1) > DEEPEST:
+            raise Odd(f"is nested more than {DEEPEST} levels deep")
         if known is None:
             if id(value) in self._above:
                 raise Odd("holds something that holds itself")
-            if depth >= DEEPEST:
-                raise Odd(f"is nested more than {DEEPEST} levels deep")
             self._above.add(id(value))
             try:
-                found = self._make(value, kind, depth + 1)
+                # The value itself is kept as well: its id must not become another's.
+                known = self._done[id(value)] = (value, self._make(value, kind, depth + 1))
             finally:
                 self._above.discard(id(value))
-            # The value itself is kept as well: its id must not become another's.
-            known = self._done[id(value)] = (value, found)
-        if depth + known[1].levels > DEEPEST:
-            raise Odd(f"is nested more than {DEEPEST} levels deep")
         return known[1]
 
     def _make(self, value: Any, kind: type, depth: int) -> _Found:
@@ -335,22 +326,16 @@ class Builder:
 
     def _parameter(self, record: Record, depth: int) -> Tensor:
         """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
-        requires_grad, state = True, None
-        match record.arguments:
-            case (data,):
+        match (*record.arguments, *(None, True, None, None)[len(record.arguments) :]):
+            case (data, bool(requires_grad), hooks, state) if not hooks and record.arguments:
                 pass
-            case (data, bool(requires_grad)):
-                pass
-            case (data, bool(requires_grad), hooks, *rest) if not hooks and len(rest) < 2:
-                state = rest[0] if rest else None
             case _:
                 raise Odd(f"calls {record.name} in another way")
         match record.state:
             case None:
                 pass
             case (bool(requires_grad), bool(), hooks) if not hooks:
-                # As before torch 0.4.
-                pass
+                pass  # as before torch 0.4
             case _:
                 raise Odd(f"fills a {record.name} in another way")
         return self._with_attributes(nn.Parameter(self._inner(data, depth).detach(), requires_grad), state, depth)
@@ -387,7 +372,7 @@ class Builder:
 
     def _object(self, record: Record, depth: int) -> _Found:
         owner, state = record.name, {} if record.state is None else record.state
-        kind = argparse.Namespace if owner == "argparse.Namespace" else look_up(owner, self._label)
+        kind = look_up(owner, self._label)
         contents = record.arguments or record.items or record.elements
         if record.made_by != "new" or contents or not isinstance(kind, type):
             raise Odd(f"makes a {owner} in another way")
@@ -400,20 +385,20 @@ class Builder:
             raise Odd(f"fills a {owner} in another way")
         found = self.visit(state, depth)
         is_module = issubclass(kind, nn.Module)
-        if not found.whole and kind is not argparse.Namespace:
+        if not found.whole and owner != "argparse.Namespace":
             raise Odd(f"keeps objects of other classes in a {owner}")
         for key, value in state.items():
             if callable(getattr(kind, key, None)) or key == "_compiled_call_impl":
                 raise Odd(f"puts another {key} into a {owner}")
             if is_module:
                 self._check_attribute(owner, key, value)
-        for part in _PARTS if is_module else ():
-            if part not in state:
-                raise MalformedError(f"its {owner} lacks parts ({part})")
         made: Any = object.__new__(kind)
         own = vars(made)
         own.update(state)
         if is_module:
+            for part in _PARTS:
+                if part not in state:
+                    raise MalformedError(f"its {owner} lacks parts ({part})")
             # What later versions of torch keep on a module, as its `__setstate__` would add it, without calling that.
             own.update(vars(nn.Module()) | own)
             for later, added in _ADDED.items():

@@ -13,7 +13,8 @@ import functools
 import io
 import pathlib
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
@@ -21,7 +22,7 @@ import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch.storage import _storage_type_to_dtype_map
 
-from asymswap.errors import reason_of
+from asymswap.errors import SourceError, reason_of
 
 MOST_OPERATIONS = 400_000
 """Operations of all pickles in a file; timm's largest networks need 57,000, and 300,000 with averages and optimizer."""
@@ -38,6 +39,19 @@ class Odd(Exception):  # noqa: N818 - not always an error: with `trust_pickle` i
 
 class MalformedError(Exception):
     """The bytes are no pickle, or not the file that they claim to be; the text says why."""
+
+
+@contextmanager
+def damage_named() -> Iterator[None]:
+    """Make a MalformedError of whatever goes wrong: damage can make pickles, zipfile and torch raise about anything."""
+    try:
+        yield
+    except (SourceError, Odd, MalformedError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii":
+            raise Odd(_PYTHON_2) from None
+        raise MalformedError(reason_of(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +114,9 @@ class Reader:
         self._inside, self._nested = False, 0
         self._globals: dict[str, Any] = {}
 
+    @damage_named()
     def read(self, stream: BinaryIO) -> Any:
         """Return what the pickle at the place of a stream holds; raise Odd or MalformedError."""
-        try:
-            return self._run(stream)
-        except (Odd, MalformedError, MemoryError):
-            raise
-        except Exception as error:
-            if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii":
-                raise Odd(_PYTHON_2) from None
-            # A damaged pickle can go wrong in every way that a stack machine knows.
-            raise MalformedError(reason_of(error)) from None
-
-    def _run(self, stream: BinaryIO) -> Any:
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -128,6 +132,8 @@ class Reader:
             self._spend(1)
             name, read = _OPERATIONS.get(code, ("", None))
             argument: Any = read(stream) if read else None
+            if isinstance(argument, int) and argument.bit_length() > 8 * _LONGEST_NUMBER:
+                raise Odd(f"holds a number of {argument.bit_length() // 8:,} bytes")
             match name:
                 case "BINPUT" | "LONG_BINPUT" | "PUT" | "MEMOIZE":
                     memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
@@ -135,11 +141,9 @@ class Reader:
                     push(memo[argument])
                 case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE" | "BININT1" | "BININT2" | "BININT":
                     push(argument)
-                case "FLOAT" | "BINFLOAT" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                case "INT" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT":
                     push(argument)
-                case "INT" | "LONG" | "LONG1" | "LONG4":
-                    if argument.bit_length() > 8 * _LONGEST_NUMBER:
-                        raise Odd(f"holds a number of {argument.bit_length() // 8:,} bytes")
+                case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                     push(argument)
                 case "STRING" | "BINSTRING" | "SHORT_BINSTRING":
                     if not argument.isascii():

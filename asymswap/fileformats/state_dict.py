@@ -216,9 +216,7 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
     `take`: the state's tensors may become the model's own instead of being copied, since nobody else holds model or
     state. Raises SourceError, before anything is changed, for tensors that are no weights to compute with.
     """
-    # Under every name, for a tied tensor has several.
-    tensors: State = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = own_tensors(model)
     for key, tensor in state.items():
         _check_tensor(key, tensor, tensors[key])
     heirs = defaultdict[int, set[int]](set)

@@ -29,8 +29,16 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError, listed, reason_of
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.pickle_objects import COMPILED, Builder, is_allowed, is_allowed_module, named_in
-from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef, read_old
+from asymswap.fileformats.pickle_objects import COMPILED, Builder, allowed_names, is_allowed_module, named_in
+from asymswap.fileformats.pickle_reader import (
+    MalformedError,
+    Odd,
+    Reader,
+    StorageRef,
+    damage_named,
+    read_old,
+    storage_dtypes,
+)
 from asymswap.utils.tensors import allocated, copy_with
 
 _INSTEAD = (
@@ -58,35 +66,29 @@ _RUNS_CODE = (
 
 
 class Entries:
-    """The entries of an archive, by their whole names."""
+    """The entries of an archive, by their whole names; `sizes` are their numbers of bytes."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int, verify: bool) -> None:
         self._archive, self.size, self._verify = archive, size, verify
         infos = [info for info in archive.infolist() if not info.is_dir()]
         self._infos = {info.filename: info for info in infos}
+        self.sizes = {info.filename: info.file_size for info in infos}
         # torch ignores case where it looks an entry up.
         if len({info.filename.lower() for info in infos}) != len(infos):
             raise Odd("is an archive with two entries of one name")
         if min((info.header_offset for info in infos), default=0):
             # Python looks for the list of entries from the end, torch where the end says it is.
             raise Odd("is an archive with something before it, which two readers read in two ways")
-        unpacked = sum(info.file_size for info in infos)
+        unpacked = sum(self.sizes.values())
         if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
             raise Odd(f"is an archive of {size:,} bytes that would unpack to {unpacked:,}")
         if sum(info.file_size for info in infos if info.compress_type == zipfile.ZIP_STORED) > size:
             raise MalformedError("its entries claim more bytes than the file has")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
     def ending(self, *suffixes: str) -> str | None:
         """Return the first entry whose name ends so, at the border of a part of its name."""
         ends = [(suffix, suffix if suffix.startswith("_") else f"/{suffix}") for suffix in suffixes]
-        return next((name for whole, end in ends for name in self if name == whole or name.endswith(end)), None)
-
-    def length(self, name: str) -> int | None:
-        """Return how many bytes an entry has; None where there is none."""
-        return self._infos[name].file_size if name in self._infos else None
+        return next((name for whole, end in ends for name in self.sizes if name == whole or name.endswith(end)), None)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         if name not in self._infos:
@@ -126,18 +128,12 @@ class Entries:
 
 @contextmanager
 def opened(file: Path | BinaryIO, verify: bool) -> Iterator[Entries]:
-    """Open an archive; whatever goes wrong with a damaged one is a MalformedError.
+    """Open an archive; whatever goes wrong within the block is a MalformedError.
 
     `verify`: compare the checksums of storages too, which torch does not; it takes half as long again as reading them.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            yield Entries(archive, file.stat().st_size if isinstance(file, Path) else file.seek(0, 2), verify)
-    except (SourceError, Odd, MalformedError, MemoryError):
-        raise
-    except Exception as error:
-        # What is damaged can make zipfile and torch raise about anything.
-        raise MalformedError(reason_of(error)) from None
+    with damage_named(), zipfile.ZipFile(file) as archive:
+        yield Entries(archive, file.stat().st_size if isinstance(file, Path) else file.seek(0, 2), verify)
 
 
 @dataclass(frozen=True)
@@ -214,25 +210,25 @@ def import_from_here() -> None:
 def read_archive(entries: Entries, label: str, folder: str, scripted: bool = False) -> RawFile:
     """Return what `data.pkl` in a folder describes, `scripted` by TorchScript or not; raise Odd or MalformedError."""
     order = f"{folder}byteorder"
-    if entries.length(order) is not None and entries.read(order) != b"little":
+    if order in entries.sizes and entries.read(order) != b"little":
         raise MalformedError("it was written on a big-endian machine, which cannot be read here")
-    length = entries.length(f"{folder}data.pkl") or 0
+    length = entries.sizes.get(f"{folder}data.pkl", 0)
     if length > max(LARGEST_PICKLE, entries.size):
         raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
     content = entries.read(f"{folder}data.pkl")
     reader = Reader(len(content))
     root = reader.read(io.BytesIO(content))
     for storage in reader.storages:
-        held, claimed = entries.length(f"{folder}data/{storage.key}"), storage.claimed
-        if held is None or held < claimed:
-            raise Odd(f"claims {claimed:,} bytes for the storage {storage.key!r}, of which it holds {held or 0:,}")
+        held, claimed = entries.sizes.get(f"{folder}data/{storage.key}", -1), storage.claimed
+        if held < claimed:
+            raise Odd(f"claims {claimed:,} bytes for the storage {storage.key!r}, of which it holds {max(held, 0):,}")
     return _built(root, reader, label, lambda s: entries.storage(f"{folder}data/{s.key}"), scripted)
 
 
 def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
     if kind is FileKind.TORCH:
         with opened(file, verify=False) as entries:
-            roots = {name.partition("/")[0] for name in entries}
+            roots = {name.partition("/")[0] for name in entries.sizes}
             if len(roots) != 1:
                 raise Odd("is an archive with several roots")
             return read_archive(entries, label, f"{roots.pop()}/")
@@ -247,17 +243,8 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
             if reader.storages:
                 raise Odd(f"asks for the storage {reader.storages[0].key!r}, which no pickle by itself holds")
         else:
-            size = file.stat().st_size
-            for most in (2**20, LARGEST_PICKLE):
-                stream.seek(0)
-                reader = Reader(min(most, size))
-                try:
-                    root, places = read_old(reader, stream, most)
-                    break
-                except MalformedError:
-                    # Few pickles are longer than the first try.
-                    if most == LARGEST_PICKLE or size < most:
-                        raise
+            reader = Reader(min(LARGEST_PICKLE, file.stat().st_size))
+            root, places = read_old(reader, stream, LARGEST_PICKLE)
 
         def memory(storage: StorageRef) -> torch.UntypedStorage:
             start, length = places[storage.key]
@@ -276,20 +263,14 @@ def _built(
     """Return what a pickle describes, every storage of which has been checked."""
     held = sum({s.key: s.claimed for s in reader.storages}.values())
     names = named_in(root) if COMPILED in reader.names else reader.names
-    unread = {name for name in names if not is_allowed(name)}
+    unread = names - allowed_names() - storage_dtypes().keys()
     if any(map(_wants_code, unread)) and not scripted:
         return RawFile(None, tuple(sorted(unread)))
     builder = Builder(memory, held + reader.nested_bytes, label, bool(unread))
-    try:
-        with warnings.catch_warnings():
-            # torch's own, of quantised and of sparse tensors.
-            warnings.simplefilter("ignore")
-            value = builder.build(root)
-    except (Odd, MalformedError, SourceError, MemoryError):
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        # What torch and numpy say of arguments that have the right form and the wrong values.
-        raise MalformedError(reason_of(error)) from None
+    with damage_named(), warnings.catch_warnings():
+        # torch's own, of quantised and of sparse tensors.
+        warnings.simplefilter("ignore")
+        value = builder.build(root)
     return RawFile(value, tuple(sorted(unread | builder.unread)))
 
 

@@ -116,15 +116,11 @@ def device_of(model: nn.Module) -> torch.device:
 def exact_convs() -> Iterator[None]:
     """Let GPUs compute convs in float32 while the block lasts, and not in TF32, as they do unless told otherwise."""
     cudnn: Any = torch.backends.cudnn
-    parts = (cudnn.conv, cudnn.rnn) if torch.cuda.is_available() else ()  # torch wants the two alike
-    before = [part.fp32_precision for part in parts]
-    try:
-        for part in parts:
+    with ExitStack() as ending:
+        for part in (cudnn.conv, cudnn.rnn) if torch.cuda.is_available() else ():  # torch wants the two alike
+            ending.callback(setattr, part, "fp32_precision", part.fp32_precision)
             part.fp32_precision = "ieee"
         yield
-    finally:
-        for part, precision in zip(parts, before, strict=True):
-            part.fp32_precision = precision
 
 
 def store_(target: Tensor, numbers: Tensor) -> None:
@@ -286,26 +282,21 @@ def seed_(*words: object) -> None:
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Restore the caller's global random states at the end of the block."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with ExitStack() as ending, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        ending.callback(random.setstate, random.getstate())
+        ending.callback(np.random.set_state, np.random.get_state())
+        yield
 
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into eval mode while the block lasts, then each module back into its own mode."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
+    with ExitStack() as ending:
+        for model in models:
+            for module in model.modules():
+                ending.callback(setattr, module, "training", module.training)
+            model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -333,12 +324,10 @@ def on_threads(number: int) -> Iterator[None]:
 
     Give LAPACK's eigensolvers one: more save a third at most, and wait for ever where a core is busy.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
+    with ExitStack() as ending:
+        ending.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(number)
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def side_by_side(
