@@ -41,26 +41,21 @@ _EXPORT_DTYPES = {
 def read_raw(path: Path, trust_pickle: bool) -> RawFile:
     """Read a model file; raise SourceError where it is none, is damaged, or would have to run code to be read."""
     kind = sniff(path)
-    if kind is FileKind.SAFETENSORS:
-        try:
+    try:
+        if kind is FileKind.SAFETENSORS:
             # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
             with safetensors.safe_open(path, framework="pt", backend="pread") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return RawFile(state, metadata=file.metadata() or {})
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise SourceError(f"{path} is cut off or damaged: {error}") from None
-    if kind is FileKind.SHARDS:
-        return _read_shards(path, trust_pickle)
-    if kind not in (FileKind.TORCHSCRIPT, FileKind.EXPORTED):
-        return load(path, kind, trust_pickle, str(path))
-    scripted = kind is FileKind.TORCHSCRIPT
-    unread = "code was not executed" if scripted else "graph was not read"
-    try:
-        with opened(path, verify=True) as entries:
-            state = _scripted(entries, path) if scripted else _exported(entries, path)
-    except (Odd, MalformedError) as error:
+        if kind in (FileKind.TORCHSCRIPT, FileKind.EXPORTED):
+            scripted = kind is FileKind.TORCHSCRIPT
+            unread = "code was not executed" if scripted else "graph was not read"
+            with opened(path, verify=True) as entries:
+                state = _scripted(entries, path) if scripted else _exported(entries, path)
+            return RawFile(state, notes=(f"weights taken out of {kind.value}, whose {unread}",))
+    except (safetensors.SafetensorError, OSError, ValueError, Odd, MalformedError) as error:
         raise SourceError(f"{path} is cut off or damaged: {error}") from None
-    return RawFile(state, notes=(f"weights taken out of {kind.value}, whose {unread}",))
+    return _read_shards(path, trust_pickle) if kind is FileKind.SHARDS else load(path, kind, trust_pickle, str(path))
 
 
 def _read_shards(index: Path, trust_pickle: bool) -> RawFile:

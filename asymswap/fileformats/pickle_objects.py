@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._utils import _rebuild_qtensor, set_tensor_metadata
-from torch.storage import TypedStorage
 
 from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats import pickle_reader
@@ -63,13 +61,10 @@ ARRAY_CALLS = frozenset(
 )
 _NUMPY_CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}|O8?")
 
-_PARAMETERS = (
-    "torch.nn.parameter.Parameter", "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
-)  # fmt: skip
-_CALLS = frozenset(_PARAMETERS) | {
-    "torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_qtensor", "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage", "torch._utils._rebuild_device_tensor_from_cpu_tensor",
-    "functools.partial",
+_PARAMETER = "torch.nn.parameter.Parameter"
+_REBUILT = ("parameter", "parameter_with_state", "qtensor", "sparse_tensor", "meta_tensor_no_storage")
+_CALLS = frozenset(f"torch._utils._rebuild_{name}" for name in (*_REBUILT, "device_tensor_from_cpu_tensor")) | {
+    _PARAMETER, "torch._tensor._rebuild_from_type_v2", "functools.partial",
 }  # fmt: skip
 """Calls that `Builder` makes something of; see `Builder._called`."""
 
@@ -81,8 +76,7 @@ _PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 @functools.cache
 def module_names() -> frozenset[str]:
     """Return the classes of allowlist.txt."""
-    text = resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8")
-    return frozenset(text.split())
+    return frozenset(resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8").split())
 
 
 @functools.cache
@@ -141,7 +135,7 @@ class Builder:
         self, storage: Callable[[StorageRef], torch.UntypedStorage], held: int, label: str, foreign: bool
     ) -> None:
         self._storage, self._label, self._foreign = storage, label, foreign
-        self._memories: dict[tuple[str, bool], torch.UntypedStorage] = {}
+        self._memories: dict[str | int, torch.UntypedStorage] = {}
         self._left = max(_MOST_VIEWED, _VIEWS * held)
         self._done: dict[int, tuple[Any, _Found]] = {}
         self._above: set[int] = set()
@@ -255,11 +249,11 @@ class Builder:
         if ref.requires_grad:
             tensor.requires_grad_()
         if ref.metadata:
-            set_tensor_metadata(tensor, ref.metadata)
+            torch._utils.set_tensor_metadata(tensor, ref.metadata)
         return tensor
 
     def _memory(self, storage: StorageRef) -> torch.UntypedStorage:
-        key = (storage.key, storage.data is None)
+        key = storage.key if storage.data is None else id(storage)
         if key not in self._memories:
             inside = None if storage.data is None else torch.frombuffer(bytearray(storage.data), dtype=torch.uint8)
             self._memories[key] = self._storage(storage) if inside is None else inside.untyped_storage()
@@ -293,24 +287,29 @@ class Builder:
             case "Parameter" | "_rebuild_parameter" | "_rebuild_parameter_with_state", _:
                 return self._parameter(record, depth)
             case "partial", (Global(name),) if name in module_names():
-                return self._partial(record, name)
+                # Only what makes a layer, with numbers and text given in advance: no `forward` of torchvision calls it.
+                match record.state:
+                    case (Global(again), (), dict() | None as keywords, None) if name == again and all(
+                        isinstance(key, str) and key.isidentifier() and type(value) in _PLAIN
+                        for key, value in (keywords or {}).items()
+                    ):
+                        return functools.partial(look_up(name, self._label), **(keywords or {}))
+                raise Odd(f"fills a {record.name} in another way")
             case "_rebuild_from_type_v2", (Global(function), Global(kind), tuple(inner), state):
                 # A tensor or parameter with attributes of its own.
-                known = kind in ("torch.Tensor", _PARAMETERS[0])
-                if known and function in pickle_reader.TENSOR_CALLS:
-                    tensor = self.tensor(pickle_reader.described_tensor(function, inner))
-                    return self._with_attributes(tensor, state, depth)
-                if known and function in _CALLS and function != record.name:
-                    return self._with_attributes(self._inner(Record(function, inner), depth), state, depth)
+                plain = function in pickle_reader.TENSOR_CALLS
+                if kind in ("torch.Tensor", _PARAMETER) and (plain or function in _CALLS - {record.name}):
+                    part = pickle_reader.described_tensor(function, inner) if plain else Record(function, inner)
+                    return self._with_attributes(self._inner(part, depth), state, depth)
             case "_rebuild_qtensor", (_, _, _, _, (torch.qscheme() as scheme, *scales), bool(grad), hooks) if all(
                 isinstance(one, float | int | TensorRef) for one in scales
             ):
                 ref = pickle_reader.described_tensor(record.name, (*record.arguments[:4], grad, hooks))
                 storage, start = ref.storage, ref.offset + ref.storage.start
                 self.check(ref, storage.dtype)
-                typed = TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
+                typed = torch.TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
                 how = (scheme, *(self.visit(one, depth).value for one in scales))
-                return _rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
+                return torch._utils._rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
             case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(described)):
                 parts = [self.visit(part, depth).value for part in described]
                 if all(one is None or isinstance(one, bool | Tensor | torch.Size) or are_sizes(one) for one in parts):
@@ -359,16 +358,6 @@ class Builder:
                 if not isinstance(value, Record | Global):
                     setattr(tensor, key, value)
         return tensor
-
-    def _partial(self, record: Record, name: str) -> Any:
-        """Only what makes a layer, with numbers and text given in advance: no `forward` of torchvision calls it."""
-        match record.state:
-            case (Global(again), (), dict() | None as keywords, None) if name == again and all(
-                isinstance(key, str) and key.isidentifier() and type(value) in _PLAIN
-                for key, value in (keywords or {}).items()
-            ):
-                return functools.partial(look_up(name, self._label), **(keywords or {}))
-        raise Odd(f"fills a {record.name} in another way")
 
     def _object(self, record: Record, depth: int) -> _Found:
         owner, state = record.name, {} if record.state is None else record.state
@@ -442,9 +431,9 @@ def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor:
     # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
     try:
         if layout == torch.sparse_coo:
-            indices, values, size, *coalesced = parts
-            known: dict[str, Any] = {"is_coalesced": bool(coalesced[0])} if coalesced else {}
-            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, **known)
+            indices, values, size, *flag = parts
+            coalesced = bool(flag[0]) if flag else None
+            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, is_coalesced=coalesced)
         compressed, plain, values, size = parts
         return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -458,8 +447,8 @@ class _NoArrayError(Exception):
 def _array_of(record: Record) -> Any:
     """Return the array, number or text of a call among `ARRAY_CALLS`; raise Odd or _NoArrayError.
 
-    numpy's pickles say how memory is to be read, down to the flags of a dtype. Believed, a file could have its bytes
-    taken for addresses of objects. Here, a dtype is its code and its byte order, and the rest follows.
+    numpy believes a file's dtype down to its flags, and could take bytes for addresses of objects. Here, a dtype is its
+    code and its byte order, and the rest follows.
     """
     match record.name.rpartition(".")[2], record.arguments, record.state:
         case "scalar", (Record() as described, bytes(data)), _:

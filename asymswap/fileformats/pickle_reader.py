@@ -1,11 +1,9 @@
 """Read pickles as data: bytes to plain values, records and references to tensors.
 
 Nothing that a pickle names is imported and nothing that it calls is called. A global becomes a `Global`, a call or an
-object a `Record`, a tensor a `TensorRef` to a `StorageRef`; numbers, text, lists, dicts and the like become what they
-are. `asymswap.fileformats.pickle_objects` makes tensors and modules of these.
-
-All protocols from 0 to 5 are read. One `Reader` reads all pickles of a file, with one budget for everything in it: the
-work (operations, and items that an operation copies), the bytes that calls make, the length of keys and names.
+object a `Record`, a tensor a `TensorRef` to a `StorageRef`, of which `pickle_objects` makes tensors and modules. All
+protocols from 0 to 5 are read. One `Reader` reads all pickles of a file, with one budget for everything in it: the work
+(operations, and items that an operation copies), the bytes that calls make, the length of keys and names.
 """
 
 import collections
@@ -16,7 +14,7 @@ import pickletools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
@@ -111,8 +109,7 @@ class Reader:
         self.storages: list[StorageRef] = []
         self.nested_bytes = 0
         self._work, self._bytes = MOST_OPERATIONS, _MADE_BYTES + 4 * size
-        self._inside, self._nested = False, 0
-        self._globals: dict[str, Any] = {}
+        self._inside = False
 
     @damage_named()
     def read(self, stream: BinaryIO) -> Any:
@@ -159,8 +156,7 @@ class Reader:
                         raise MalformedError("the stack of a pickle in it is empty")
                     stack[-length:] = [tuple(stack[-length:])]
                 case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
-                    items = pop_to_mark()
-                    push(_OF_ITEMS[name](items))
+                    push(_OF_ITEMS[name](pop_to_mark()))
                 case "GLOBAL":
                     push(self._global(*argument))
                 case "STACK_GLOBAL":
@@ -223,12 +219,9 @@ class Reader:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         self._spend(0, len(full))
-        if full not in self._globals:
-            # "collections.OrderedDict" and "collections" + "OrderedDict" of protocol 4 are one and the same.
-            if full != "builtins.getattr":  # it depends on how it is called
-                self.names.add(full)
-            self._globals[full] = constants().get(full) or Global(full)
-        return self._globals[full]
+        if full != "builtins.getattr":  # it depends on how it is called
+            self.names.add(full)
+        return constants().get(full) or Global(full)
 
     def _persistent(self, reference: Any) -> Any:
         match reference:
@@ -254,10 +247,8 @@ class Reader:
             raise Odd("calls what is not named")
         match what.name, arguments:
             # What protocols 0 and 1 write for an object.
-            case "copyreg._reconstructor", (Global(name), Global("builtins.object"), None):
-                arguments, made_by = (), "new"
-            case "copyreg._reconstructor", (Global(name), Global(), inside):
-                arguments, made_by = (inside,), "new"
+            case "copyreg._reconstructor", (Global(name), Global(base), inside):
+                arguments, made_by = () if base == "builtins.object" and inside is None else (inside,), "new"
             case "builtins.getattr", (Record(owner, made_by="new"), str(method)) if method.isidentifier():
                 # A method of an object in the file, as an attribute: nobody calls it, so its name will do.
                 self._spend(1, len(owner) + len(method))
@@ -328,9 +319,8 @@ class Reader:
             raise Odd("has other bytes than those of a storage")
         self._spend(1, found.claimed)
         start, length = places[found.key]
-        self._nested += 1
         self.nested_bytes += found.claimed
-        found.key, found.data = f"{self._nested}/{found.key}", memoryview(raw)[start : start + length]
+        found.data = memoryview(raw)[start : start + length]
         return found
 
 
@@ -388,19 +378,14 @@ def described_tensor(name: str, arguments: tuple[Any, ...]) -> TensorRef:
     typed, dtype = name.endswith("_v3"), None
     if typed and len(arguments) > 6:
         dtype, arguments = arguments[6], (*arguments[:6], *arguments[7:])
-    requires_grad, metadata = False, cast(Any, {})
-    match arguments:
-        case (StorageRef() as storage, offset, size, stride) if not typed:
-            pass
-        case (StorageRef() as storage, offset, size, stride, bool(requires_grad), hooks, *rest) if not hooks:
-            metadata = (rest[0] if rest else None) or {}
-        case _:
-            raise Odd(f"calls {name} in another way")
-    fits = all(map(are_sizes, (size, stride, (offset,)))) and len(size) == len(stride)
-    flags = isinstance(metadata, dict) and all(type(k) is str and type(v) is bool for k, v in metadata.items())
-    if not fits or not flags or isinstance(dtype, torch.dtype) != typed:
-        raise Odd(f"calls {name} in another way")
-    return TensorRef(storage, offset, tuple(size), tuple(stride), requires_grad, metadata, dtype)
+    # The first four are always there: a flag, hooks and flags by their names may follow.
+    match (*arguments, *(False, None, None)[len(arguments) - 4 :]):
+        case (StorageRef() as storage, offset, size, stride, bool(requires_grad), hooks, dict() | None as flags):
+            fits = all(map(are_sizes, (size, stride, (offset,)))) and len(size) == len(stride)
+            named = all(type(key) is str and type(flag) is bool for key, flag in (flags or {}).items())
+            if fits and named and not hooks and isinstance(dtype, torch.dtype) == typed:
+                return TensorRef(storage, offset, tuple(size), tuple(stride), requires_grad, flags or {}, dtype)
+    raise Odd(f"calls {name} in another way")
 
 
 def are_sizes(value: Any) -> bool:

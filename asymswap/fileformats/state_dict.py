@@ -178,9 +178,8 @@ def compare(model: nn.Module, state: State) -> Difference:
 
 def check_numbers(model: nn.Module) -> None:
     """Raise SourceError where a module has weights that are no numbers to compute with."""
-    for key, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and not is_extra(key):
-            _check_tensor(key, tensor, tensor)
+    for key, tensor in own_tensors(model).items():
+        _check_tensor(key, tensor, tensor)
 
 
 def own_tensors(model: nn.Module) -> State:

@@ -6,39 +6,29 @@
 | torch.save's old form | five pickles at the beginning of the file | behind them, in the order of the last pickle |
 | pickle.dump | the file | in the pickle: an old form for each storage, or numpy's bytes |
 
-The pickle is read by `pickle_reader`, what it describes is made by `pickle_objects`. Objects of other classes stay
-records, unless a file names something that runs code: such a file is refused. torch's own unpickler is called only with
-`trust_pickle`.
+`pickle_reader` reads the pickle, `pickle_objects` makes what it describes. Objects of other classes stay records; what
+names something that runs code is refused. torch's own unpickler is called only with `trust_pickle`.
 """
 
 import io
 import pickle
-import struct
 import sys
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from asymswap.errors import SourceError, listed, reason_of
+from asymswap.fileformats import pickle_reader
 from asymswap.fileformats.detect import FileKind
 from asymswap.fileformats.pickle_objects import COMPILED, Builder, allowed_names, is_allowed_module, named_in
-from asymswap.fileformats.pickle_reader import (
-    MalformedError,
-    Odd,
-    Reader,
-    StorageRef,
-    damage_named,
-    read_old,
-    storage_dtypes,
-)
+from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef
 from asymswap.utils.tensors import allocated, copy_with
 
 _INSTEAD = (
@@ -47,7 +37,7 @@ _INSTEAD = (
 
 LARGEST_PICKLE = 32 * 2**20
 """Bytes of a pickle that is larger than its archive, being compressed; others can't be larger."""
-_UNPACKED, _UNPACKED_RATIO = 64 * 2**20, 8
+_PIECE, _UNPACKED, _UNPACKED_RATIO = 2**18, 64 * 2**20, 8
 """torch.save compresses nothing. What somebody compressed afterwards may be larger than this, and by this factor."""
 
 # A file that names another one of these modules or names wants more than to store something, and is not read at all.
@@ -71,7 +61,6 @@ class Entries:
     def __init__(self, archive: zipfile.ZipFile, size: int, verify: bool) -> None:
         self._archive, self.size, self._verify = archive, size, verify
         infos = [info for info in archive.infolist() if not info.is_dir()]
-        self._infos = {info.filename: info for info in infos}
         self.sizes = {info.filename: info.file_size for info in infos}
         # torch ignores case where it looks an entry up.
         if len({info.filename.lower() for info in infos}) != len(infos):
@@ -91,9 +80,9 @@ class Entries:
         return next((name for whole, end in ends for name in self.sizes if name == whole or name.endswith(end)), None)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
-        if name not in self._infos:
+        if name not in self.sizes:
             raise MalformedError(f"entry {name} is missing")
-        return self._infos[name]
+        return self._archive.getinfo(name)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry; raise MalformedError where it is missing."""
@@ -101,28 +90,17 @@ class Entries:
 
     def storage(self, name: str) -> torch.UntypedStorage:
         """Return the bytes of an entry as memory for tensors; raise MalformedError where it is missing."""
-        info = self._info(name)
+        info, found = self._info(name), 0
         memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
-        place: Any = memory.numpy()
-        if not info.file_size:
-            return memory.untyped_storage()
-        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
-            # The bytes are read into their place, so that they are in memory once.
-            file = cast(BinaryIO, self._archive.fp)
-            file.seek(info.header_offset)
-            signature, *_, name_length, extra_length = struct.unpack("<4s5H3I2H", file.read(30))
-            if signature != b"PK\x03\x04" or file.read(name_length) != info.orig_filename.encode():
-                raise MalformedError(f"entry {name} is not where the list of entries says")
-            file.seek(extra_length, 1)
-            found = file.readinto(place)  # type: ignore[attr-defined]
-        else:
-            content = self._archive.read(info)
-            found = len(content)
-            place[:found] = memoryview(content)
+        place = memory.numpy().data
+        with self._archive.open(info) as file:
+            if info.compress_type == zipfile.ZIP_STORED and not self._verify:
+                file._expected_crc = None  # type: ignore[attr-defined]
+            # By pieces, so that the bytes are in memory once.
+            for start in range(0, info.file_size, _PIECE):
+                found += file.readinto(place[start : start + _PIECE])  # type: ignore[attr-defined]
         if found != info.file_size:
             raise MalformedError(f"entry {name} is cut off")
-        if self._verify and zlib.crc32(place) != info.CRC:
-            raise MalformedError(f"Bad CRC-32 for file {name!r}")
         return memory.untyped_storage()
 
 
@@ -132,7 +110,7 @@ def opened(file: Path | BinaryIO, verify: bool) -> Iterator[Entries]:
 
     `verify`: compare the checksums of storages too, which torch does not; it takes half as long again as reading them.
     """
-    with damage_named(), zipfile.ZipFile(file) as archive:
+    with pickle_reader.damage_named(), zipfile.ZipFile(file) as archive:
         yield Entries(archive, file.stat().st_size if isinstance(file, Path) else file.seek(0, 2), verify)
 
 
@@ -226,14 +204,12 @@ def read_archive(entries: Entries, label: str, folder: str, scripted: bool = Fal
 
 
 def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
-    if kind is FileKind.TORCH:
+    if kind is FileKind.TORCH or not isinstance(file, Path):
         with opened(file, verify=False) as entries:
             roots = {name.partition("/")[0] for name in entries.sizes}
             if len(roots) != 1:
                 raise Odd("is an archive with several roots")
             return read_archive(entries, label, f"{roots.pop()}/")
-    if not isinstance(file, Path):
-        raise MalformedError(f"it is {kind.value}")
     places: dict[str, tuple[int, int]] = {}
     with file.open("rb") as stream:
         if kind is FileKind.PICKLE:
@@ -244,7 +220,7 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
                 raise Odd(f"asks for the storage {reader.storages[0].key!r}, which no pickle by itself holds")
         else:
             reader = Reader(min(LARGEST_PICKLE, file.stat().st_size))
-            root, places = read_old(reader, stream, LARGEST_PICKLE)
+            root, places = pickle_reader.read_old(reader, stream, LARGEST_PICKLE)
 
         def memory(storage: StorageRef) -> torch.UntypedStorage:
             start, length = places[storage.key]
@@ -263,11 +239,11 @@ def _built(
     """Return what a pickle describes, every storage of which has been checked."""
     held = sum({s.key: s.claimed for s in reader.storages}.values())
     names = named_in(root) if COMPILED in reader.names else reader.names
-    unread = names - allowed_names() - storage_dtypes().keys()
+    unread = names - allowed_names() - pickle_reader.storage_dtypes().keys()
     if any(map(_wants_code, unread)) and not scripted:
         return RawFile(None, tuple(sorted(unread)))
     builder = Builder(memory, held + reader.nested_bytes, label, bool(unread))
-    with damage_named(), warnings.catch_warnings():
+    with pickle_reader.damage_named(), warnings.catch_warnings():
         # torch's own, of quantised and of sparse tensors.
         warnings.simplefilter("ignore")
         value = builder.build(root)

@@ -131,8 +131,7 @@ def store_(target: Tensor, numbers: Tensor) -> None:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Return True for a tensor of four dimensions in this memory format, and not in the default one as well."""
-    fits = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return fits and not tensor.is_contiguous()
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def additions(module: nn.Module, fresh: nn.Module) -> str | None:
@@ -338,10 +337,10 @@ def side_by_side(
 ) -> list[_Result]:
     """Return `function` of every item, in order; two run at once if torch has two threads, each on one thread.
 
-    Two eigensolvers on one thread each take little more than half the time of two runs on two threads, with the same
-    bits. Items that are `alone` take too much memory to run beside another; they come first. `step` gets the number of
-    items done. The first exception in this order is raised once running items have ended; the rest are not begun. In
-    its thread the function must not draw from torch's global generator, nor rely on a mode that was set here.
+    Two eigensolvers on one thread each take little more than half the time of two on two threads, with the same bits.
+    Items that are `alone` take too much memory to run beside another: they come first. `step` gets the number of items
+    done. The first exception in this order is raised once running items have ended; the rest are not begun. The
+    function must not draw from torch's global generator, nor rely on a mode that was set in this thread.
     """
     results: dict[int, _Result] = {}
     solitary = [number for number, item in enumerate(items) if alone(item)]
