@@ -129,8 +129,7 @@ def _exported(entries: Entries, path: Path) -> State:
     older = entries.ending("serialized_state_dict.pt", "data/weights/model.pt")
     if older is not None:
         instead = "save the program's state_dict and give it with `arch=…`"
-        label = f"{path}, entry {older},"
-        state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, label, instead)
+        state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, f"{path}, entry {older},", instead)
         if isinstance(state, Mapping):
             return {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         raise SourceError(f"{path} is damaged: its entry {older} holds a {type(state).__name__}, not a state_dict")

@@ -70,7 +70,7 @@ _CALLS = frozenset(f"torch._utils._rebuild_{name}" for name in (*_REBUILT, "devi
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
-_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
+_PARTS = {"_parameters": Tensor | None, "_buffers": Tensor | None, "_modules": nn.Module | None}
 
 
 @functools.cache
@@ -193,24 +193,15 @@ class Builder:
         if kind is StorageRef:
             return _Found(self.tensor(TensorRef(value, 0, (value.length,), (1,))))
         levels, parts, whole = 0, 1, True
-        changed = {}
+        made = list(value) if kind is tuple else value
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             weight = 1 + (len(key) >> 5 if type(key) is str else 0)
-            if type(item) not in _COMPOSITE:
-                parts += weight
-                continue
             found = self.visit(item, depth)
             levels, whole, parts = max(levels, found.levels), whole and found.whole, parts + found.parts * weight
-            if found.value is not item:
-                changed[key] = found.value
+            made[key] = found.value
         if parts > MOST_PARTS:
             raise Odd(f"holds the same things again and again, more than {MOST_PARTS:,} in all")
-        if kind is tuple and changed:
-            value = tuple(changed.get(place, item) for place, item in enumerate(value))
-        else:
-            for key, new in changed.items():
-                value[key] = new
-        return _Found(value, levels + 1, parts, whole)
+        return _Found(tuple(made) if kind is tuple else made, levels + 1, parts, whole)
 
     def _of_record(self, record: Record, depth: int) -> _Found:
         if record.name in _CALLS:
@@ -362,8 +353,7 @@ class Builder:
     def _object(self, record: Record, depth: int) -> _Found:
         owner, state = record.name, {} if record.state is None else record.state
         kind = look_up(owner, self._label)
-        contents = record.arguments or record.items or record.elements
-        if record.made_by != "new" or contents or not isinstance(kind, type):
+        if record.made_by != "new" or record.arguments or record.items or record.elements or not isinstance(kind, type):
             raise Odd(f"makes a {owner} in another way")
         if type(state) is dict and state.get("__overloads__") == {}:
             # torch.jit.script leaves it on every module that it has been given.
@@ -405,8 +395,7 @@ class Builder:
     def _check_attribute(self, owner: str, key: str, value: Any) -> None:
         """Raise Odd for what is no data: a hook, a child that is no module, a part of another class."""
         if key in _PARTS:
-            whole = isinstance(value, dict)
-            if not whole or not all(part is None or isinstance(part, _PARTS[key]) for part in value.values()):
+            if not isinstance(value, dict) or not all(isinstance(part, _PARTS[key]) for part in value.values()):
                 raise Odd(f"has other things than such in the {key} of a {owner}")
             for name in value:
                 if not isinstance(name, str) or not is_safe_name(name):

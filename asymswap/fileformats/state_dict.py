@@ -38,8 +38,7 @@ class Found:
 
 def find_weights(value: Any, label: str, key: str | None = None) -> Found:
     """Return the likeliest state dict or module in a loaded checkpoint, or the one under `key`; raise SourceError."""
-    inside = value if key is None else _at(value, key)
-    found = list(_candidates(inside, key or "", 0))
+    found = list(_candidates(value if key is None else _at(value, key), key or "", 0))
     if not found and key is not None:
         return _behind(list(_candidates(value, "", 0)), key, label)
     if found:
@@ -216,10 +215,9 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
     state. Raises SourceError, before anything is changed, for tensors that are no weights to compute with.
     """
     tensors = own_tensors(model)
-    for key, tensor in state.items():
-        _check_tensor(key, tensor, tensors[key])
     heirs = defaultdict[int, set[int]](set)
     for key, tensor in state.items():
+        _check_tensor(key, tensor, tensors[key])
         heirs[tensor.untyped_storage().data_ptr()].add(id(tensors[key]))
     with torch.no_grad():
         for key, tensor in state.items():

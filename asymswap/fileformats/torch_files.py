@@ -153,15 +153,13 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
         raise SourceError(f"{label} is cut off or damaged: {error}") from None
     import_from_here()
     try:
-        with warnings.catch_warnings():
-            # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
-            warnings.simplefilter("ignore")
+        # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
+        with warnings.catch_warnings(action="ignore"):
             return RawFile(torch.load(file, map_location="cpu", weights_only=False), executed=True)
-    except (ImportError, AttributeError) as error:
-        what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
-        raise SourceError(f"{label} {what}") from error
     except Exception as error:  # any code may run, and may fail
         what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
+        if isinstance(error, ImportError | AttributeError):
+            what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
         raise SourceError(f"{label} {what}") from error
 
 
@@ -243,9 +241,8 @@ def _built(
     if any(map(_wants_code, unread)) and not scripted:
         return RawFile(None, tuple(sorted(unread)))
     builder = Builder(memory, held + reader.nested_bytes, label, bool(unread))
-    with pickle_reader.damage_named(), warnings.catch_warnings():
-        # torch's own, of quantised and of sparse tensors.
-        warnings.simplefilter("ignore")
+    # The warnings are torch's own, of quantised and of sparse tensors.
+    with pickle_reader.damage_named(), warnings.catch_warnings(action="ignore"):
         value = builder.build(root)
     return RawFile(value, tuple(sorted(unread | builder.unread)))
 
