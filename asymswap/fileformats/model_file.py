@@ -111,8 +111,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _scripted(entries: Entries, path: Path) -> State:
-    """Return the parameters and buffers of a TorchScript archive by their names."""
-    pickled = entries.ending("data.pkl") or "data.pkl"
+    pickled = entries.find("data.pkl") or "data.pkl"
     root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
     if not isinstance(root, Record):
         raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
@@ -124,16 +123,15 @@ def _scripted(entries: Entries, path: Path) -> State:
 
 
 def _exported(entries: Entries, path: Path) -> State:
-    """Return the parameters and buffers of a torch.export archive by their names."""
     # Before torch 2.9 it was a torch.save file, which is read in the restricted way, trusted or not.
-    older = entries.ending("serialized_state_dict.pt", "data/weights/model.pt")
+    older = entries.find("serialized_state_dict.pt", "data/weights/model.pt")
     if older is not None:
         instead = "save the program's state_dict and give it with `arch=…`"
         state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, f"{path}, entry {older},", instead)
         if isinstance(state, Mapping):
             return {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         raise SourceError(f"{path} is damaged: its entry {older} holds a {type(state).__name__}, not a state_dict")
-    listing = entries.ending("_weights_config.json")
+    listing = entries.find("*_weights_config.json")
     if listing is None:
         what = "a torch.export archive that holds no weights of its own (as AOTInductor packages do not)"
         raise SourceError(f"{path} is {what}; give the state_dict of the model")

@@ -69,6 +69,7 @@ _CALLS = frozenset(f"torch._utils._rebuild_{name}" for name in (*_REBUILT, "devi
 """Calls that `Builder` makes something of; see `Builder._called`."""
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_OWN = frozenset([*dir(Tensor), "_is_param", "_is_buffer"])
 _COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
 _PARTS = {"_parameters": Tensor | None, "_buffers": Tensor | None, "_modules": nn.Module | None}
 
@@ -337,11 +338,7 @@ class Builder:
                 continue
             # numpy and torch obey attributes with underscores around them.
             if not isinstance(part, dict) or not all(
-                isinstance(key, str)
-                and key.isidentifier()
-                and not key.startswith("__")
-                and not hasattr(Tensor, key)
-                and key not in ("_is_param", "_is_buffer")
+                isinstance(key, str) and key.isidentifier() and not key.startswith("__") and key not in _OWN
                 for key in part
             ):
                 raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")

@@ -436,7 +436,6 @@ def _contents(value: Any, kind: type) -> Any:
 
 
 def _fill(target: Any, state: Any) -> None:
-    """Give an object its state, as BUILD does."""
     if isinstance(target, Record):
         if target.state is not None:
             raise Odd(f"fills a {target.name} twice")

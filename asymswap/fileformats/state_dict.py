@@ -119,8 +119,7 @@ def _behind(found: list[Found], key: str, label: str) -> Found:
         part = {name.removeprefix(f"{key}."): t for name, t in within.items() if name.startswith(f"{key}.")}
         if part:
             return Found(strip_prefixes(part), key)
-        firsts = dict.fromkeys(name.partition(".")[0] for name in state if "." in name)
-        known += [f"{inside}{first}" for first in firsts]
+        known += dict.fromkeys(inside + name.partition(".")[0] for name in state if "." in name)
     it_has = f"; it has {listed(known, 6)}" if known else "; it has no keys to choose from"
     hint = near_names(key, keys) or near_names(key, known) or it_has
     raise SourceError(f'{label} has no state_dict under `key="{key}"`{hint}')

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -74,10 +74,9 @@ class Entries:
         if sum(info.file_size for info in infos if info.compress_type == zipfile.ZIP_STORED) > size:
             raise MalformedError("its entries claim more bytes than the file has")
 
-    def ending(self, *suffixes: str) -> str | None:
-        """Return the first entry whose name ends so, at the border of a part of its name."""
-        ends = [(suffix, suffix if suffix.startswith("_") else f"/{suffix}") for suffix in suffixes]
-        return next((name for whole, end in ends for name in self.sizes if name == whole or name.endswith(end)), None)
+    def find(self, *patterns: str) -> str | None:
+        """Return the first entry whose name matches, from the right, as paths do."""
+        return next((name for pattern in patterns for name in self.sizes if PurePosixPath(name).match(pattern)), None)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         if name not in self.sizes:
