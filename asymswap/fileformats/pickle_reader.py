@@ -271,9 +271,7 @@ class Reader:
                     return collections.OrderedDict((key_of(key), value) for key, value in pairs)
             case "collections.Counter", (dict(counts),):
                 self._spend(len(counts))
-                made: collections.Counter[Any] = collections.Counter()
-                dict.update(made, counts)
-                return made
+                return collections.Counter(counts)
             case "collections.defaultdict", (_,):
                 return {}
             case "builtins.bytearray", (bytes(raw),):
