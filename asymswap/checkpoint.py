@@ -106,7 +106,8 @@ def write_checkpoint(path: Path, model: nn.Module, header: Header, check: Callab
 
 def what_is_stored(model: nn.Module) -> tuple[State, dict[str, Any]]:
     """Return the tensors and the extra state that a file of the model holds; raise SourceError if it would not load."""
-    return stored_tensors(model), extra_state.read(model)
+    extra = extra_state.read(model)
+    return stored_tensors(model), extra
 
 
 def save_state(path: Path, model: nn.Module) -> None:
