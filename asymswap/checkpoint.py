@@ -13,8 +13,7 @@ in its metadata. The header is JSON text:
     provenance     source file and its SHA-256, recipe text, versions, report
 
 Loading builds the unconverted model, carries out the plans without initialising anything, and loads the state dict
-strictly. The header is believed in nothing: all this is tried on the meta device first, so that no memory is taken for
-sizes that the state dict does not have.
+strictly: all tried on the meta device first, so that no memory is taken for sizes that the state dict does not have.
 """
 
 import base64
@@ -35,7 +34,6 @@ from torch import Tensor, nn
 from asymswap.errors import CONTROL, CheckpointError, OutputError, PlanError, validation_text
 from asymswap.fileformats import detect, extra_state
 from asymswap.fileformats.model_file import modules_in, read_raw, states_of_modules
-from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import State, stored_tensors
 from asymswap.fileformats.torch_files import RawFile
 from asymswap.planning.plan import plan_from_json
@@ -128,10 +126,7 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
         text, state = raw.value["asymswap"], raw.value.get("state_dict")
     inside = next((one for one in modules_in(raw.value) if isinstance(one.state.get(MODULE_HEADER), str)), None)
     if text is None and inside is not None:
-        try:
-            text, state = inside.state[MODULE_HEADER], states_of_modules(inside)[0]
-        except MalformedError as error:
-            raise CheckpointError(f"{label} is cut off or damaged: {error}") from None
+        text, state = inside.state[MODULE_HEADER], states_of_modules(inside, label)[0]
         # Where a program keeps halves of what it has trained in float32.
         state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     if text is None:
@@ -139,16 +134,15 @@ def stored_in(raw: RawFile, label: str) -> Stored | None:
     if not isinstance(text, str) or not isinstance(state, Mapping):
         raise CheckpointError(f"{label} is damaged: its asymswap header or state_dict is not what it should be")
     data = _parse(text, label)
+    skeleton, unpacker = None, zlib.decompressobj()
     try:
         plans = tuple(plan_from_json(plan, f"the plan in {label}") for plan in data.plans)
+        if data.skeleton is not None:
+            skeleton = unpacker.decompress(base64.b64decode(data.skeleton, validate=True), _LARGEST_SKELETON)
     except PlanError as error:
         raise CheckpointError(str(error)) from None
-    skeleton, unpacker = None, zlib.decompressobj()
-    if data.skeleton is not None:
-        try:
-            skeleton = unpacker.decompress(base64.b64decode(data.skeleton, validate=True), _LARGEST_SKELETON)
-        except (ValueError, zlib.error) as error:
-            raise CheckpointError(f"{label} has a damaged structure: {error}") from None
+    except (ValueError, zlib.error) as error:
+        raise CheckpointError(f"{label} has a damaged structure: {error}") from None
     if unpacker.unconsumed_tail:
         raise CheckpointError(f"{label} stores a structure of over {_LARGEST_SKELETON} bytes, which no model needs")
     tensors = {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -177,13 +171,9 @@ def read_checkpoint(path: Path) -> Stored:
 
 def header_to_json(header: Header) -> dict[str, Any]:
     """Return the header as plain data, without the bytes of a stored structure."""
-    return {
-        "format": 1,
-        "origin": asdict(header.origin),
-        "plans": [asdict(plan) for plan in header.plans],
-        "preprocessing": asdict(header.preprocessing),
-        "provenance": dict(header.provenance),
-    }
+    data = {"format": 1, **asdict(header)}
+    del data["skeleton"]
+    return data
 
 
 def _write(path: Path, state: Mapping[str, Any], header: Mapping[str, Any] | None = None) -> None:

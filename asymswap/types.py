@@ -1,7 +1,4 @@
-"""The records that all parts of asymswap share, as frozen dataclasses of numbers and text.
-
-Sizes are (height, width) in pixels, kernels (height, width) in taps; `MACS` says what a MAC is and what is not counted.
-"""
+"""The records that all parts share, of numbers and text; sizes are (height, width), in pixels or in a kernel's taps."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ Size = tuple[int, int]
 class Shown:
     """A result that shows itself: `str` is what the command line prints, `repr` one line; a notebook gets HTML.
 
-    `view` names the function of `asymswap.reporting` that draws it, loaded when it is needed: these floors cannot draw.
-    Without one, the result's `report` is shown.
+    `view` names the function of `asymswap.reporting` that draws it; without one, the result's `report` is shown.
     """
 
     _view = ""

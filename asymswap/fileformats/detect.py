@@ -114,10 +114,8 @@ def _sniff_zip(path: Path) -> FileKind:
 
 def _files_in(folder: Path) -> str:
     if (folder / ".metadata").exists() and any(folder.glob("*.distcp")):
-        return (
-            ", which torch.distributed.checkpoint wrote in parts; join them with "
-            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`"
-        )
+        command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+        return f", which torch.distributed.checkpoint wrote in parts; join them with `{command}`"
     endings = (".index.json", ".pt", ".pth", ".ckpt", ".bin", ".safetensors")
     found = sorted(path.name for path in folder.iterdir() if path.name.endswith(endings))
     return f": {listed(found, 4)}" if found else ""

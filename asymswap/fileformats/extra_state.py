@@ -91,21 +91,15 @@ def _plain(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> 
 def from_text(text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the extra state in a text of `to_text`, taking its tensors out of `tensors`; raise ValueError."""
 
-    def value(data: Any) -> Any:
-        if isinstance(data, list):
-            return [value(item) for item in data]
-        if not isinstance(data, dict):
+    def made(data: dict[str, Any]) -> Any:
+        if all(map(is_extra, data)):  # the outermost
             return data
         ((kind, content),) = data.items()
-        if kind == "tensor":
-            return tensors.pop(content)
-        if kind == "tuple":
-            return tuple(value(item) for item in content)
-        made = {"dict": dict, "ordered": OrderedDict}[kind]
-        return made((value(name), value(item)) for name, item in content)
+        kinds: dict[str, Any] = {"tensor": tensors.pop, "tuple": tuple, "dict": dict, "ordered": OrderedDict}
+        return kinds[kind](content)
 
     try:
-        return {str(key): value(item) for key, item in json.loads(text).items()}
+        return {str(key): value for key, value in json.loads(text, object_hook=made).items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"extra state: {reason_of(f'{type(error).__name__}: {error}')}") from error
 

@@ -41,26 +41,21 @@ _EXPORT_DTYPES = {
 def read_raw(path: Path, trust_pickle: bool) -> RawFile:
     """Read a model file; raise SourceError where it is none, is damaged, or would have to run code to be read."""
     kind = sniff(path)
-    if kind is FileKind.SAFETENSORS:
-        try:
+    try:
+        if kind is FileKind.SAFETENSORS:
             # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
             with safetensors.safe_open(path, framework="pt", backend="pread") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return RawFile(state, metadata=file.metadata() or {})
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise SourceError(f"{path} is cut off or damaged: {error}") from None
-    if kind is FileKind.SHARDS:
-        return _read_shards(path, trust_pickle)
-    if kind not in (FileKind.TORCHSCRIPT, FileKind.EXPORTED):
-        return load(path, kind, trust_pickle, str(path))
-    scripted = kind is FileKind.TORCHSCRIPT
-    unread = "code was not executed" if scripted else "graph was not read"
-    try:
-        with opened(path, verify=True) as entries:
-            state = _scripted(entries, path) if scripted else _exported(entries, path)
-    except (Odd, MalformedError) as error:
+        if kind in (FileKind.TORCHSCRIPT, FileKind.EXPORTED):
+            scripted = kind is FileKind.TORCHSCRIPT
+            unread = "code was not executed" if scripted else "graph was not read"
+            with opened(path, verify=True) as entries:
+                state = _scripted(entries, path) if scripted else _exported(entries, path)
+            return RawFile(state, notes=(f"weights taken out of {kind.value}, whose {unread}",))
+    except (safetensors.SafetensorError, OSError, ValueError, Odd, MalformedError) as error:
         raise SourceError(f"{path} is cut off or damaged: {error}") from None
-    return RawFile(state, notes=(f"weights taken out of {kind.value}, whose {unread}",))
+    return _read_shards(path, trust_pickle) if kind is FileKind.SHARDS else load(path, kind, trust_pickle, str(path))
 
 
 def _read_shards(index: Path, trust_pickle: bool) -> RawFile:
@@ -116,12 +111,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _scripted(entries: Entries, path: Path) -> State:
-    """Return the parameters and buffers of a TorchScript archive by their names."""
-    pickled = entries.ending("data.pkl") or "data.pkl"
+    pickled = entries.find("data.pkl") or "data.pkl"
     root = read_archive(entries, str(path), pickled.removesuffix("data.pkl"), scripted=True).value
     if not isinstance(root, Record):
         raise SourceError(f"{path} is a TorchScript archive of a {type(root).__name__}, not of a module")
-    state = dict(_tensors_below(root, scripted=True))
+    state = dict(_tensors_below(root, str(path), scripted=True))
     if not state:
         what = "a TorchScript archive without named weights, as torch.jit.freeze leaves it"
         raise SourceError(f"{path} is {what}; give the archive from before freezing, or the state_dict")
@@ -129,17 +123,15 @@ def _scripted(entries: Entries, path: Path) -> State:
 
 
 def _exported(entries: Entries, path: Path) -> State:
-    """Return the parameters and buffers of a torch.export archive by their names."""
     # Before torch 2.9 it was a torch.save file, which is read in the restricted way, trusted or not.
-    older = entries.ending("serialized_state_dict.pt", "data/weights/model.pt")
+    older = entries.find("serialized_state_dict.pt", "data/weights/model.pt")
     if older is not None:
         instead = "save the program's state_dict and give it with `arch=…`"
-        label = f"{path}, entry {older},"
-        state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, label, instead)
+        state = load_object(io.BytesIO(entries.read(older)), FileKind.TORCH, False, f"{path}, entry {older},", instead)
         if isinstance(state, Mapping):
             return {str(key): tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
         raise SourceError(f"{path} is damaged: its entry {older} holds a {type(state).__name__}, not a state_dict")
-    listing = entries.ending("_weights_config.json")
+    listing = entries.find("*_weights_config.json")
     if listing is None:
         what = "a torch.export archive that holds no weights of its own (as AOTInductor packages do not)"
         raise SourceError(f"{path} is {what}; give the state_dict of the model")
@@ -150,25 +142,25 @@ def _exported(entries: Entries, path: Path) -> State:
             meta, name = entry["tensor_meta"], listing[: listing.rindex("/") + 1] + str(entry["path_name"])
             if entry["use_pickle"] or meta is None or meta["dtype"] not in _EXPORT_DTYPES:
                 raise MalformedError(f"{name} is a tensor of another class or dtype than networks have")
-            if (length := entries.length(name)) is None:
+            if name not in entries.sizes:
                 raise MalformedError(f"entry {name} is missing")
             dtype, offset = _EXPORT_DTYPES[meta["dtype"]], int(meta["storage_offset"]["as_int"])
             size, stride = (tuple(int(part["as_int"]) for part in meta[which]) for which in ("sizes", "strides"))
             if not all(map(are_sizes, (size, stride, (offset,)))) or len(size) != len(stride):
                 raise MalformedError(f"the sizes of {name} are not those of a tensor")
-            storage = StorageRef(name, dtype, length // dtype.itemsize)
+            storage = StorageRef(name, dtype, entries.sizes[name] // dtype.itemsize)
             found[str(key)] = builder.tensor(TensorRef(storage, offset, size, stride))
         return found
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MalformedError(f"{listing} is not what torch.export writes ({reason_of(error, 100)})") from None
 
 
-def states_of_modules(value: Any) -> tuple[Any, tuple[str, ...]]:
-    """Put state dicts in the place of modules that are records; return also their classes; raise MalformedError."""
+def states_of_modules(value: Any, label: str) -> tuple[Any, tuple[str, ...]]:
+    """Put state dicts in the place of modules that are records; return also their classes; raise SourceError."""
     if _is_module(value):
-        return dict(_tensors_below(value, scripted=False)), (value.name,)
+        return dict(_tensors_below(value, label)), (value.name,)
     modules = {key: part for key, part in value.items() if _is_module(part)} if isinstance(value, dict) else {}
-    states = {key: dict(_tensors_below(part, scripted=False)) for key, part in modules.items()}
+    states = {key: dict(_tensors_below(part, label)) for key, part in modules.items()}
     return value | states if states else value, tuple(part.name for part in modules.values())
 
 
@@ -184,8 +176,8 @@ def _is_module(value: Any) -> bool:
     return all(isinstance(state.get(part), dict) for part in ("_parameters", "_buffers", "_modules"))
 
 
-def _tensors_below(root: Record, scripted: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under its dotted name, in order; raise MalformedError for a module inside of itself.
+def _tensors_below(root: Record, label: str, scripted: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor under its dotted name, in order; raise SourceError for a module inside of itself.
 
     Of a module that is not `scripted`, these are parameters, persistent buffers, and what is in its children.
     """
@@ -194,19 +186,18 @@ def _tensors_below(root: Record, scripted: bool) -> Iterator[tuple[str, Tensor]]
     def below(record: Record, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
         nonlocal parts
         if id(record) in above:
-            raise MalformedError("a module contains itself")
+            raise SourceError(f"{label} is cut off or damaged: a module contains itself")
         state = record.state if isinstance(record.state, dict) and (scripted or _is_module(record)) else {}
         if state and not scripted:
             passing = state.get("_non_persistent_buffers_set")
-            kept = dict(state["_buffers"])
-            for name in passing if isinstance(passing, set) else ():
-                kept.pop(name, None)
+            passing = passing if isinstance(passing, set) else ()
+            kept = {name: value for name, value in state["_buffers"].items() if name not in passing}
             state = {**state["_parameters"], **kept, **state["_modules"]}
         for name, value in state.items():
             # Each name is written out, with the whole prefix.
             parts += 1 + len(f"{prefix}{name}") // 256
             if parts > _MOST_PARTS or len(above) > 100:
-                raise MalformedError("it claims more modules than any network has")
+                raise SourceError(f"{label} is cut off or damaged: it claims more modules than any network has")
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value
             elif isinstance(value, nn.Module):

@@ -4,7 +4,6 @@ A module's class comes from `allowlist.txt` (made by benchmarks/make_allowlist.p
 attributes are checked before they are set. What is of other classes stays a `Record`; nothing of it is imported.
 """
 
-import argparse
 import functools
 import importlib
 import math
@@ -18,8 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._utils import _rebuild_qtensor, set_tensor_metadata
-from torch.storage import TypedStorage
 
 from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats import pickle_reader
@@ -64,26 +61,23 @@ ARRAY_CALLS = frozenset(
 )
 _NUMPY_CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}|O8?")
 
-_PARAMETERS = (
-    "torch.nn.parameter.Parameter", "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
-)  # fmt: skip
-_CALLS = frozenset(_PARAMETERS) | {
-    "torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_qtensor", "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage", "torch._utils._rebuild_device_tensor_from_cpu_tensor",
-    "functools.partial",
+_PARAMETER = "torch.nn.parameter.Parameter"
+_REBUILT = ("parameter", "parameter_with_state", "qtensor", "sparse_tensor", "meta_tensor_no_storage")
+_CALLS = frozenset(f"torch._utils._rebuild_{name}" for name in (*_REBUILT, "device_tensor_from_cpu_tensor")) | {
+    _PARAMETER, "torch._tensor._rebuild_from_type_v2", "functools.partial",
 }  # fmt: skip
 """Calls that `Builder` makes something of; see `Builder._called`."""
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_OWN = frozenset([*dir(Tensor), "_is_param", "_is_buffer"])
 _COMPOSITE = frozenset([dict, OrderedDict, Counter, list, tuple, Record, TensorRef, StorageRef, Global])
-_PARTS = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
+_PARTS = {"_parameters": Tensor | None, "_buffers": Tensor | None, "_modules": nn.Module | None}
 
 
 @functools.cache
 def module_names() -> frozenset[str]:
     """Return the classes of allowlist.txt."""
-    text = resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8")
-    return frozenset(text.split())
+    return frozenset(resources.files(__package__).joinpath("allowlist.txt").read_text(encoding="utf-8").split())
 
 
 @functools.cache
@@ -91,11 +85,6 @@ def allowed_names() -> frozenset[str]:
     """Return every global of which something is made; objects and calls of others stay records."""
     read = pickle_reader.NAMES_READ | pickle_reader.constants().keys()
     return module_names() | HELPERS | _CLASSES | _CALLS | ARRAY_CALLS | read
-
-
-def is_allowed(name: str) -> bool:
-    """True for a global of which something is made, or the type of a storage."""
-    return name in allowed_names() or name in pickle_reader.storage_dtypes()
 
 
 def is_allowed_module(model: nn.Module) -> bool:
@@ -147,7 +136,7 @@ class Builder:
         self, storage: Callable[[StorageRef], torch.UntypedStorage], held: int, label: str, foreign: bool
     ) -> None:
         self._storage, self._label, self._foreign = storage, label, foreign
-        self._memories: dict[tuple[str, bool], torch.UntypedStorage] = {}
+        self._memories: dict[str | int, torch.UntypedStorage] = {}
         self._left = max(_MOST_VIEWED, _VIEWS * held)
         self._done: dict[int, tuple[Any, _Found]] = {}
         self._above: set[int] = set()
@@ -175,20 +164,17 @@ class Builder:
         if kind not in _COMPOSITE:
             return _Found(value)
         known = self._done.get(id(value))
+        if depth + (known[1].levels if known else 1) > DEEPEST:
+            raise Odd(f"is nested more than {DEEPEST} levels deep")
         if known is None:
             if id(value) in self._above:
                 raise Odd("holds something that holds itself")
-            if depth >= DEEPEST:
-                raise Odd(f"is nested more than {DEEPEST} levels deep")
             self._above.add(id(value))
             try:
-                found = self._make(value, kind, depth + 1)
+                # The value itself is kept as well: its id must not become another's.
+                known = self._done[id(value)] = (value, self._make(value, kind, depth + 1))
             finally:
                 self._above.discard(id(value))
-            # The value itself is kept as well: its id must not become another's.
-            known = self._done[id(value)] = (value, found)
-        if depth + known[1].levels > DEEPEST:
-            raise Odd(f"is nested more than {DEEPEST} levels deep")
         return known[1]
 
     def _make(self, value: Any, kind: type, depth: int) -> _Found:
@@ -208,24 +194,15 @@ class Builder:
         if kind is StorageRef:
             return _Found(self.tensor(TensorRef(value, 0, (value.length,), (1,))))
         levels, parts, whole = 0, 1, True
-        changed = {}
+        made = list(value) if kind is tuple else value
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             weight = 1 + (len(key) >> 5 if type(key) is str else 0)
-            if type(item) not in _COMPOSITE:
-                parts += weight
-                continue
             found = self.visit(item, depth)
             levels, whole, parts = max(levels, found.levels), whole and found.whole, parts + found.parts * weight
-            if found.value is not item:
-                changed[key] = found.value
+            made[key] = found.value
         if parts > MOST_PARTS:
             raise Odd(f"holds the same things again and again, more than {MOST_PARTS:,} in all")
-        if kind is tuple and changed:
-            value = tuple(changed.get(place, item) for place, item in enumerate(value))
-        else:
-            for key, new in changed.items():
-                value[key] = new
-        return _Found(value, levels + 1, parts, whole)
+        return _Found(tuple(made) if kind is tuple else made, levels + 1, parts, whole)
 
     def _of_record(self, record: Record, depth: int) -> _Found:
         if record.name in _CALLS:
@@ -264,11 +241,11 @@ class Builder:
         if ref.requires_grad:
             tensor.requires_grad_()
         if ref.metadata:
-            set_tensor_metadata(tensor, ref.metadata)
+            torch._utils.set_tensor_metadata(tensor, ref.metadata)
         return tensor
 
     def _memory(self, storage: StorageRef) -> torch.UntypedStorage:
-        key = (storage.key, storage.data is None)
+        key = storage.key if storage.data is None else id(storage)
         if key not in self._memories:
             inside = None if storage.data is None else torch.frombuffer(bytearray(storage.data), dtype=torch.uint8)
             self._memories[key] = self._storage(storage) if inside is None else inside.untyped_storage()
@@ -302,24 +279,29 @@ class Builder:
             case "Parameter" | "_rebuild_parameter" | "_rebuild_parameter_with_state", _:
                 return self._parameter(record, depth)
             case "partial", (Global(name),) if name in module_names():
-                return self._partial(record, name)
+                # Only what makes a layer, with numbers and text given in advance: no `forward` of torchvision calls it.
+                match record.state:
+                    case (Global(again), (), dict() | None as keywords, None) if name == again and all(
+                        isinstance(key, str) and key.isidentifier() and type(value) in _PLAIN
+                        for key, value in (keywords or {}).items()
+                    ):
+                        return functools.partial(look_up(name, self._label), **(keywords or {}))
+                raise Odd(f"fills a {record.name} in another way")
             case "_rebuild_from_type_v2", (Global(function), Global(kind), tuple(inner), state):
                 # A tensor or parameter with attributes of its own.
-                known = kind in ("torch.Tensor", _PARAMETERS[0])
-                if known and function in pickle_reader.TENSOR_CALLS:
-                    tensor = self.tensor(pickle_reader.described_tensor(function, inner))
-                    return self._with_attributes(tensor, state, depth)
-                if known and function in _CALLS and function != record.name:
-                    return self._with_attributes(self._inner(Record(function, inner), depth), state, depth)
+                plain = function in pickle_reader.TENSOR_CALLS
+                if kind in ("torch.Tensor", _PARAMETER) and (plain or function in _CALLS - {record.name}):
+                    part = pickle_reader.described_tensor(function, inner) if plain else Record(function, inner)
+                    return self._with_attributes(self._inner(part, depth), state, depth)
             case "_rebuild_qtensor", (_, _, _, _, (torch.qscheme() as scheme, *scales), bool(grad), hooks) if all(
                 isinstance(one, float | int | TensorRef) for one in scales
             ):
                 ref = pickle_reader.described_tensor(record.name, (*record.arguments[:4], grad, hooks))
                 storage, start = ref.storage, ref.offset + ref.storage.start
                 self.check(ref, storage.dtype)
-                typed = TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
+                typed = torch.TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
                 how = (scheme, *(self.visit(one, depth).value for one in scales))
-                return _rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
+                return torch._utils._rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
             case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(described)):
                 parts = [self.visit(part, depth).value for part in described]
                 if all(one is None or isinstance(one, bool | Tensor | torch.Size) or are_sizes(one) for one in parts):
@@ -335,22 +317,16 @@ class Builder:
 
     def _parameter(self, record: Record, depth: int) -> Tensor:
         """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
-        requires_grad, state = True, None
-        match record.arguments:
-            case (data,):
+        match (*record.arguments, *(None, True, None, None)[len(record.arguments) :]):
+            case (data, bool(requires_grad), hooks, state) if not hooks and record.arguments:
                 pass
-            case (data, bool(requires_grad)):
-                pass
-            case (data, bool(requires_grad), hooks, *rest) if not hooks and len(rest) < 2:
-                state = rest[0] if rest else None
             case _:
                 raise Odd(f"calls {record.name} in another way")
         match record.state:
             case None:
                 pass
             case (bool(requires_grad), bool(), hooks) if not hooks:
-                # As before torch 0.4.
-                pass
+                pass  # as before torch 0.4
             case _:
                 raise Odd(f"fills a {record.name} in another way")
         return self._with_attributes(nn.Parameter(self._inner(data, depth).detach(), requires_grad), state, depth)
@@ -362,11 +338,7 @@ class Builder:
                 continue
             # numpy and torch obey attributes with underscores around them.
             if not isinstance(part, dict) or not all(
-                isinstance(key, str)
-                and key.isidentifier()
-                and not key.startswith("__")
-                and not hasattr(Tensor, key)
-                and key not in ("_is_param", "_is_buffer")
+                isinstance(key, str) and key.isidentifier() and not key.startswith("__") and key not in _OWN
                 for key in part
             ):
                 raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
@@ -375,21 +347,10 @@ class Builder:
                     setattr(tensor, key, value)
         return tensor
 
-    def _partial(self, record: Record, name: str) -> Any:
-        """Only what makes a layer, with numbers and text given in advance: no `forward` of torchvision calls it."""
-        match record.state:
-            case (Global(again), (), dict() | None as keywords, None) if name == again and all(
-                isinstance(key, str) and key.isidentifier() and type(value) in _PLAIN
-                for key, value in (keywords or {}).items()
-            ):
-                return functools.partial(look_up(name, self._label), **(keywords or {}))
-        raise Odd(f"fills a {record.name} in another way")
-
     def _object(self, record: Record, depth: int) -> _Found:
         owner, state = record.name, {} if record.state is None else record.state
-        kind = argparse.Namespace if owner == "argparse.Namespace" else look_up(owner, self._label)
-        contents = record.arguments or record.items or record.elements
-        if record.made_by != "new" or contents or not isinstance(kind, type):
+        kind = look_up(owner, self._label)
+        if record.made_by != "new" or record.arguments or record.items or record.elements or not isinstance(kind, type):
             raise Odd(f"makes a {owner} in another way")
         if type(state) is dict and state.get("__overloads__") == {}:
             # torch.jit.script leaves it on every module that it has been given.
@@ -400,20 +361,20 @@ class Builder:
             raise Odd(f"fills a {owner} in another way")
         found = self.visit(state, depth)
         is_module = issubclass(kind, nn.Module)
-        if not found.whole and kind is not argparse.Namespace:
+        if not found.whole and owner != "argparse.Namespace":
             raise Odd(f"keeps objects of other classes in a {owner}")
         for key, value in state.items():
             if callable(getattr(kind, key, None)) or key == "_compiled_call_impl":
                 raise Odd(f"puts another {key} into a {owner}")
             if is_module:
                 self._check_attribute(owner, key, value)
-        for part in _PARTS if is_module else ():
-            if part not in state:
-                raise MalformedError(f"its {owner} lacks parts ({part})")
         made: Any = object.__new__(kind)
         own = vars(made)
         own.update(state)
         if is_module:
+            for part in _PARTS:
+                if part not in state:
+                    raise MalformedError(f"its {owner} lacks parts ({part})")
             # What later versions of torch keep on a module, as its `__setstate__` would add it, without calling that.
             own.update(vars(nn.Module()) | own)
             for later, added in _ADDED.items():
@@ -431,8 +392,7 @@ class Builder:
     def _check_attribute(self, owner: str, key: str, value: Any) -> None:
         """Raise Odd for what is no data: a hook, a child that is no module, a part of another class."""
         if key in _PARTS:
-            whole = isinstance(value, dict)
-            if not whole or not all(part is None or isinstance(part, _PARTS[key]) for part in value.values()):
+            if not isinstance(value, dict) or not all(isinstance(part, _PARTS[key]) for part in value.values()):
                 raise Odd(f"has other things than such in the {key} of a {owner}")
             for name in value:
                 if not isinstance(name, str) or not is_safe_name(name):
@@ -457,9 +417,9 @@ def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor:
     # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
     try:
         if layout == torch.sparse_coo:
-            indices, values, size, *coalesced = parts
-            known: dict[str, Any] = {"is_coalesced": bool(coalesced[0])} if coalesced else {}
-            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, **known)
+            indices, values, size, *flag = parts
+            coalesced = bool(flag[0]) if flag else None
+            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, is_coalesced=coalesced)
         compressed, plain, values, size = parts
         return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -473,8 +433,8 @@ class _NoArrayError(Exception):
 def _array_of(record: Record) -> Any:
     """Return the array, number or text of a call among `ARRAY_CALLS`; raise Odd or _NoArrayError.
 
-    numpy's pickles say how memory is to be read, down to the flags of a dtype. Believed, a file could have its bytes
-    taken for addresses of objects. Here, a dtype is its code and its byte order, and the rest follows.
+    numpy believes a file's dtype down to its flags, and could take bytes for addresses of objects. Here, a dtype is its
+    code and its byte order, and the rest follows.
     """
     match record.name.rpartition(".")[2], record.arguments, record.state:
         case "scalar", (Record() as described, bytes(data)), _:

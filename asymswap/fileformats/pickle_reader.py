@@ -1,11 +1,9 @@
 """Read pickles as data: bytes to plain values, records and references to tensors.
 
 Nothing that a pickle names is imported and nothing that it calls is called. A global becomes a `Global`, a call or an
-object a `Record`, a tensor a `TensorRef` to a `StorageRef`; numbers, text, lists, dicts and the like become what they
-are. `asymswap.fileformats.pickle_objects` makes tensors and modules of these.
-
-All protocols from 0 to 5 are read. One `Reader` reads all pickles of a file, with one budget for everything in it: the
-work (operations, and items that an operation copies), the bytes that calls make, the length of keys and names.
+object a `Record`, a tensor a `TensorRef` to a `StorageRef`, of which `pickle_objects` makes tensors and modules. All
+protocols from 0 to 5 are read. One `Reader` reads all pickles of a file, with one budget for everything in it: the work
+(operations, and items that an operation copies), the bytes that calls make, the length of keys and names.
 """
 
 import collections
@@ -13,15 +11,16 @@ import functools
 import io
 import pathlib
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 from torch.storage import _storage_type_to_dtype_map
 
-from asymswap.errors import reason_of
+from asymswap.errors import SourceError, reason_of
 
 MOST_OPERATIONS = 400_000
 """Operations of all pickles in a file; timm's largest networks need 57,000, and 300,000 with averages and optimizer."""
@@ -38,6 +37,19 @@ class Odd(Exception):  # noqa: N818 - not always an error: with `trust_pickle` i
 
 class MalformedError(Exception):
     """The bytes are no pickle, or not the file that they claim to be; the text says why."""
+
+
+@contextmanager
+def damage_named() -> Iterator[None]:
+    """Make a MalformedError of whatever goes wrong: damage can make pickles, zipfile and torch raise about anything."""
+    try:
+        yield
+    except (SourceError, Odd, MalformedError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii":
+            raise Odd(_PYTHON_2) from None
+        raise MalformedError(reason_of(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +109,11 @@ class Reader:
         self.storages: list[StorageRef] = []
         self.nested_bytes = 0
         self._work, self._bytes = MOST_OPERATIONS, _MADE_BYTES + 4 * size
-        self._inside, self._nested = False, 0
-        self._globals: dict[str, Any] = {}
+        self._inside = False
 
+    @damage_named()
     def read(self, stream: BinaryIO) -> Any:
         """Return what the pickle at the place of a stream holds; raise Odd or MalformedError."""
-        try:
-            return self._run(stream)
-        except (Odd, MalformedError, MemoryError):
-            raise
-        except Exception as error:
-            if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii":
-                raise Odd(_PYTHON_2) from None
-            # A damaged pickle can go wrong in every way that a stack machine knows.
-            raise MalformedError(reason_of(error)) from None
-
-    def _run(self, stream: BinaryIO) -> Any:
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -128,6 +129,8 @@ class Reader:
             self._spend(1)
             name, read = _OPERATIONS.get(code, ("", None))
             argument: Any = read(stream) if read else None
+            if isinstance(argument, int) and argument.bit_length() > 8 * _LONGEST_NUMBER:
+                raise Odd(f"holds a number of {argument.bit_length() // 8:,} bytes")
             match name:
                 case "BINPUT" | "LONG_BINPUT" | "PUT" | "MEMOIZE":
                     memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
@@ -135,11 +138,9 @@ class Reader:
                     push(memo[argument])
                 case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE" | "BININT1" | "BININT2" | "BININT":
                     push(argument)
-                case "FLOAT" | "BINFLOAT" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                case "INT" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT":
                     push(argument)
-                case "INT" | "LONG" | "LONG1" | "LONG4":
-                    if argument.bit_length() > 8 * _LONGEST_NUMBER:
-                        raise Odd(f"holds a number of {argument.bit_length() // 8:,} bytes")
+                case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                     push(argument)
                 case "STRING" | "BINSTRING" | "SHORT_BINSTRING":
                     if not argument.isascii():
@@ -155,8 +156,7 @@ class Reader:
                         raise MalformedError("the stack of a pickle in it is empty")
                     stack[-length:] = [tuple(stack[-length:])]
                 case "TUPLE" | "LIST" | "DICT" | "FROZENSET":
-                    items = pop_to_mark()
-                    push(_OF_ITEMS[name](items))
+                    push(_OF_ITEMS[name](pop_to_mark()))
                 case "GLOBAL":
                     push(self._global(*argument))
                 case "STACK_GLOBAL":
@@ -219,12 +219,9 @@ class Reader:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         self._spend(0, len(full))
-        if full not in self._globals:
-            # "collections.OrderedDict" and "collections" + "OrderedDict" of protocol 4 are one and the same.
-            if full != "builtins.getattr":  # it depends on how it is called
-                self.names.add(full)
-            self._globals[full] = constants().get(full) or Global(full)
-        return self._globals[full]
+        if full != "builtins.getattr":  # it depends on how it is called
+            self.names.add(full)
+        return constants().get(full) or Global(full)
 
     def _persistent(self, reference: Any) -> Any:
         match reference:
@@ -250,10 +247,8 @@ class Reader:
             raise Odd("calls what is not named")
         match what.name, arguments:
             # What protocols 0 and 1 write for an object.
-            case "copyreg._reconstructor", (Global(name), Global("builtins.object"), None):
-                arguments, made_by = (), "new"
-            case "copyreg._reconstructor", (Global(name), Global(), inside):
-                arguments, made_by = (inside,), "new"
+            case "copyreg._reconstructor", (Global(name), Global(base), inside):
+                arguments, made_by = () if base == "builtins.object" and inside is None else (inside,), "new"
             case "builtins.getattr", (Record(owner, made_by="new"), str(method)) if method.isidentifier():
                 # A method of an object in the file, as an attribute: nobody calls it, so its name will do.
                 self._spend(1, len(owner) + len(method))
@@ -276,9 +271,7 @@ class Reader:
                     return collections.OrderedDict((key_of(key), value) for key, value in pairs)
             case "collections.Counter", (dict(counts),):
                 self._spend(len(counts))
-                made: collections.Counter[Any] = collections.Counter()
-                dict.update(made, counts)
-                return made
+                return collections.Counter(counts)
             case "collections.defaultdict", (_,):
                 return {}
             case "builtins.bytearray", (bytes(raw),):
@@ -324,9 +317,8 @@ class Reader:
             raise Odd("has other bytes than those of a storage")
         self._spend(1, found.claimed)
         start, length = places[found.key]
-        self._nested += 1
         self.nested_bytes += found.claimed
-        found.key, found.data = f"{self._nested}/{found.key}", memoryview(raw)[start : start + length]
+        found.data = memoryview(raw)[start : start + length]
         return found
 
 
@@ -384,19 +376,14 @@ def described_tensor(name: str, arguments: tuple[Any, ...]) -> TensorRef:
     typed, dtype = name.endswith("_v3"), None
     if typed and len(arguments) > 6:
         dtype, arguments = arguments[6], (*arguments[:6], *arguments[7:])
-    requires_grad, metadata = False, cast(Any, {})
-    match arguments:
-        case (StorageRef() as storage, offset, size, stride) if not typed:
-            pass
-        case (StorageRef() as storage, offset, size, stride, bool(requires_grad), hooks, *rest) if not hooks:
-            metadata = (rest[0] if rest else None) or {}
-        case _:
-            raise Odd(f"calls {name} in another way")
-    fits = all(map(are_sizes, (size, stride, (offset,)))) and len(size) == len(stride)
-    flags = isinstance(metadata, dict) and all(type(k) is str and type(v) is bool for k, v in metadata.items())
-    if not fits or not flags or isinstance(dtype, torch.dtype) != typed:
-        raise Odd(f"calls {name} in another way")
-    return TensorRef(storage, offset, tuple(size), tuple(stride), requires_grad, metadata, dtype)
+    # The first four are always there: a flag, hooks and flags by their names may follow.
+    match (*arguments, *(False, None, None)[len(arguments) - 4 :]):
+        case (StorageRef() as storage, offset, size, stride, bool(requires_grad), hooks, dict() | None as flags):
+            fits = all(map(are_sizes, (size, stride, (offset,)))) and len(size) == len(stride)
+            named = all(type(key) is str and type(flag) is bool for key, flag in (flags or {}).items())
+            if fits and named and not hooks and isinstance(dtype, torch.dtype) == typed:
+                return TensorRef(storage, offset, tuple(size), tuple(stride), requires_grad, flags or {}, dtype)
+    raise Odd(f"calls {name} in another way")
 
 
 def are_sizes(value: Any) -> bool:
@@ -447,7 +434,6 @@ def _contents(value: Any, kind: type) -> Any:
 
 
 def _fill(target: Any, state: Any) -> None:
-    """Give an object its state, as BUILD does."""
     if isinstance(target, Record):
         if target.state is not None:
             raise Odd(f"fills a {target.name} twice")

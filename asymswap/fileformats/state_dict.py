@@ -38,8 +38,7 @@ class Found:
 
 def find_weights(value: Any, label: str, key: str | None = None) -> Found:
     """Return the likeliest state dict or module in a loaded checkpoint, or the one under `key`; raise SourceError."""
-    inside = value if key is None else _at(value, key)
-    found = list(_candidates(inside, key or "", 0))
+    found = list(_candidates(value if key is None else _at(value, key), key or "", 0))
     if not found and key is not None:
         return _behind(list(_candidates(value, "", 0)), key, label)
     if found:
@@ -120,8 +119,7 @@ def _behind(found: list[Found], key: str, label: str) -> Found:
         part = {name.removeprefix(f"{key}."): t for name, t in within.items() if name.startswith(f"{key}.")}
         if part:
             return Found(strip_prefixes(part), key)
-        firsts = dict.fromkeys(name.partition(".")[0] for name in state if "." in name)
-        known += [f"{inside}{first}" for first in firsts]
+        known += dict.fromkeys(inside + name.partition(".")[0] for name in state if "." in name)
     it_has = f"; it has {listed(known, 6)}" if known else "; it has no keys to choose from"
     hint = near_names(key, keys) or near_names(key, known) or it_has
     raise SourceError(f'{label} has no state_dict under `key="{key}"`{hint}')
@@ -178,9 +176,8 @@ def compare(model: nn.Module, state: State) -> Difference:
 
 def check_numbers(model: nn.Module) -> None:
     """Raise SourceError where a module has weights that are no numbers to compute with."""
-    for key, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and not is_extra(key):
-            _check_tensor(key, tensor, tensor)
+    for key, tensor in own_tensors(model).items():
+        _check_tensor(key, tensor, tensor)
 
 
 def own_tensors(model: nn.Module) -> State:
@@ -216,13 +213,10 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
     `take`: the state's tensors may become the model's own instead of being copied, since nobody else holds model or
     state. Raises SourceError, before anything is changed, for tensors that are no weights to compute with.
     """
-    # Under every name, for a tied tensor has several.
-    tensors: State = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
-    for key, tensor in state.items():
-        _check_tensor(key, tensor, tensors[key])
+    tensors = own_tensors(model)
     heirs = defaultdict[int, set[int]](set)
     for key, tensor in state.items():
+        _check_tensor(key, tensor, tensors[key])
         heirs[tensor.untyped_storage().data_ptr()].add(id(tensors[key]))
     with torch.no_grad():
         for key, tensor in state.items():

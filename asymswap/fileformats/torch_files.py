@@ -6,31 +6,29 @@
 | torch.save's old form | five pickles at the beginning of the file | behind them, in the order of the last pickle |
 | pickle.dump | the file | in the pickle: an old form for each storage, or numpy's bytes |
 
-The pickle is read by `pickle_reader`, what it describes is made by `pickle_objects`. Objects of other classes stay
-records, unless a file names something that runs code: such a file is refused. torch's own unpickler is called only with
-`trust_pickle`.
+`pickle_reader` reads the pickle, `pickle_objects` makes what it describes. Objects of other classes stay records; what
+names something that runs code is refused. torch's own unpickler is called only with `trust_pickle`.
 """
 
 import io
 import pickle
-import struct
 import sys
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from asymswap.errors import SourceError, listed, reason_of
+from asymswap.fileformats import pickle_reader
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.pickle_objects import COMPILED, Builder, is_allowed, is_allowed_module, named_in
-from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef, read_old
+from asymswap.fileformats.pickle_objects import COMPILED, Builder, allowed_names, is_allowed_module, named_in
+from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef
 from asymswap.utils.tensors import allocated, copy_with
 
 _INSTEAD = (
@@ -39,7 +37,7 @@ _INSTEAD = (
 
 LARGEST_PICKLE = 32 * 2**20
 """Bytes of a pickle that is larger than its archive, being compressed; others can't be larger."""
-_UNPACKED, _UNPACKED_RATIO = 64 * 2**20, 8
+_PIECE, _UNPACKED, _UNPACKED_RATIO = 2**18, 64 * 2**20, 8
 """torch.save compresses nothing. What somebody compressed afterwards may be larger than this, and by this factor."""
 
 # A file that names another one of these modules or names wants more than to store something, and is not read at all.
@@ -58,40 +56,32 @@ _RUNS_CODE = (
 
 
 class Entries:
-    """The entries of an archive, by their whole names."""
+    """The entries of an archive, by their whole names; `sizes` are their numbers of bytes."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int, verify: bool) -> None:
         self._archive, self.size, self._verify = archive, size, verify
         infos = [info for info in archive.infolist() if not info.is_dir()]
-        self._infos = {info.filename: info for info in infos}
+        self.sizes = {info.filename: info.file_size for info in infos}
         # torch ignores case where it looks an entry up.
         if len({info.filename.lower() for info in infos}) != len(infos):
             raise Odd("is an archive with two entries of one name")
         if min((info.header_offset for info in infos), default=0):
             # Python looks for the list of entries from the end, torch where the end says it is.
             raise Odd("is an archive with something before it, which two readers read in two ways")
-        unpacked = sum(info.file_size for info in infos)
+        unpacked = sum(self.sizes.values())
         if unpacked > max(size * _UNPACKED_RATIO, _UNPACKED):
             raise Odd(f"is an archive of {size:,} bytes that would unpack to {unpacked:,}")
         if sum(info.file_size for info in infos if info.compress_type == zipfile.ZIP_STORED) > size:
             raise MalformedError("its entries claim more bytes than the file has")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def ending(self, *suffixes: str) -> str | None:
-        """Return the first entry whose name ends so, at the border of a part of its name."""
-        ends = [(suffix, suffix if suffix.startswith("_") else f"/{suffix}") for suffix in suffixes]
-        return next((name for whole, end in ends for name in self if name == whole or name.endswith(end)), None)
-
-    def length(self, name: str) -> int | None:
-        """Return how many bytes an entry has; None where there is none."""
-        return self._infos[name].file_size if name in self._infos else None
+    def find(self, *patterns: str) -> str | None:
+        """Return the first entry whose name matches, from the right, as paths do."""
+        return next((name for pattern in patterns for name in self.sizes if PurePosixPath(name).match(pattern)), None)
 
     def _info(self, name: str) -> zipfile.ZipInfo:
-        if name not in self._infos:
+        if name not in self.sizes:
             raise MalformedError(f"entry {name} is missing")
-        return self._infos[name]
+        return self._archive.getinfo(name)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry; raise MalformedError where it is missing."""
@@ -99,45 +89,28 @@ class Entries:
 
     def storage(self, name: str) -> torch.UntypedStorage:
         """Return the bytes of an entry as memory for tensors; raise MalformedError where it is missing."""
-        info = self._info(name)
+        info, found = self._info(name), 0
         memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
-        place: Any = memory.numpy()
-        if not info.file_size:
-            return memory.untyped_storage()
-        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
-            # The bytes are read into their place, so that they are in memory once.
-            file = cast(BinaryIO, self._archive.fp)
-            file.seek(info.header_offset)
-            signature, *_, name_length, extra_length = struct.unpack("<4s5H3I2H", file.read(30))
-            if signature != b"PK\x03\x04" or file.read(name_length) != info.orig_filename.encode():
-                raise MalformedError(f"entry {name} is not where the list of entries says")
-            file.seek(extra_length, 1)
-            found = file.readinto(place)  # type: ignore[attr-defined]
-        else:
-            content = self._archive.read(info)
-            found = len(content)
-            place[:found] = memoryview(content)
+        place = memory.numpy().data
+        with self._archive.open(info) as file:
+            if info.compress_type == zipfile.ZIP_STORED and not self._verify:
+                file._expected_crc = None  # type: ignore[attr-defined]
+            # By pieces, so that the bytes are in memory once.
+            for start in range(0, info.file_size, _PIECE):
+                found += file.readinto(place[start : start + _PIECE])  # type: ignore[attr-defined]
         if found != info.file_size:
             raise MalformedError(f"entry {name} is cut off")
-        if self._verify and zlib.crc32(place) != info.CRC:
-            raise MalformedError(f"Bad CRC-32 for file {name!r}")
         return memory.untyped_storage()
 
 
 @contextmanager
 def opened(file: Path | BinaryIO, verify: bool) -> Iterator[Entries]:
-    """Open an archive; whatever goes wrong with a damaged one is a MalformedError.
+    """Open an archive; whatever goes wrong within the block is a MalformedError.
 
     `verify`: compare the checksums of storages too, which torch does not; it takes half as long again as reading them.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            yield Entries(archive, file.stat().st_size if isinstance(file, Path) else file.seek(0, 2), verify)
-    except (SourceError, Odd, MalformedError, MemoryError):
-        raise
-    except Exception as error:
-        # What is damaged can make zipfile and torch raise about anything.
-        raise MalformedError(reason_of(error)) from None
+    with pickle_reader.damage_named(), zipfile.ZipFile(file) as archive:
+        yield Entries(archive, file.stat().st_size if isinstance(file, Path) else file.seek(0, 2), verify)
 
 
 @dataclass(frozen=True)
@@ -179,15 +152,13 @@ def load(file: Path | BinaryIO, kind: FileKind, trust_pickle: bool, label: str, 
         raise SourceError(f"{label} is cut off or damaged: {error}") from None
     import_from_here()
     try:
-        with warnings.catch_warnings():
-            # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
-            warnings.simplefilter("ignore")
+        # torch warns of classes whose source has changed since; the weights are checked by their shapes instead.
+        with warnings.catch_warnings(action="ignore"):
             return RawFile(torch.load(file, map_location="cpu", weights_only=False), executed=True)
-    except (ImportError, AttributeError) as error:
-        what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
-        raise SourceError(f"{label} {what}") from error
     except Exception as error:  # any code may run, and may fail
         what = f"cannot be unpickled: {reason_of(error)}; code in it may have been executed (`trust_pickle=True`)"
+        if isinstance(error, ImportError | AttributeError):
+            what = f"needs code that cannot be imported here: {reason_of(error)}; run asymswap in its project"
         raise SourceError(f"{label} {what}") from error
 
 
@@ -214,30 +185,28 @@ def import_from_here() -> None:
 def read_archive(entries: Entries, label: str, folder: str, scripted: bool = False) -> RawFile:
     """Return what `data.pkl` in a folder describes, `scripted` by TorchScript or not; raise Odd or MalformedError."""
     order = f"{folder}byteorder"
-    if entries.length(order) is not None and entries.read(order) != b"little":
+    if order in entries.sizes and entries.read(order) != b"little":
         raise MalformedError("it was written on a big-endian machine, which cannot be read here")
-    length = entries.length(f"{folder}data.pkl") or 0
+    length = entries.sizes.get(f"{folder}data.pkl", 0)
     if length > max(LARGEST_PICKLE, entries.size):
         raise Odd(f"holds {length:,} bytes beside its tensors, more than {LARGEST_PICKLE:,}")
     content = entries.read(f"{folder}data.pkl")
     reader = Reader(len(content))
     root = reader.read(io.BytesIO(content))
     for storage in reader.storages:
-        held, claimed = entries.length(f"{folder}data/{storage.key}"), storage.claimed
-        if held is None or held < claimed:
-            raise Odd(f"claims {claimed:,} bytes for the storage {storage.key!r}, of which it holds {held or 0:,}")
+        held, claimed = entries.sizes.get(f"{folder}data/{storage.key}", -1), storage.claimed
+        if held < claimed:
+            raise Odd(f"claims {claimed:,} bytes for the storage {storage.key!r}, of which it holds {max(held, 0):,}")
     return _built(root, reader, label, lambda s: entries.storage(f"{folder}data/{s.key}"), scripted)
 
 
 def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
-    if kind is FileKind.TORCH:
+    if kind is FileKind.TORCH or not isinstance(file, Path):
         with opened(file, verify=False) as entries:
-            roots = {name.partition("/")[0] for name in entries}
+            roots = {name.partition("/")[0] for name in entries.sizes}
             if len(roots) != 1:
                 raise Odd("is an archive with several roots")
             return read_archive(entries, label, f"{roots.pop()}/")
-    if not isinstance(file, Path):
-        raise MalformedError(f"it is {kind.value}")
     places: dict[str, tuple[int, int]] = {}
     with file.open("rb") as stream:
         if kind is FileKind.PICKLE:
@@ -247,17 +216,8 @@ def _read(file: Path | BinaryIO, kind: FileKind, label: str) -> RawFile:
             if reader.storages:
                 raise Odd(f"asks for the storage {reader.storages[0].key!r}, which no pickle by itself holds")
         else:
-            size = file.stat().st_size
-            for most in (2**20, LARGEST_PICKLE):
-                stream.seek(0)
-                reader = Reader(min(most, size))
-                try:
-                    root, places = read_old(reader, stream, most)
-                    break
-                except MalformedError:
-                    # Few pickles are longer than the first try.
-                    if most == LARGEST_PICKLE or size < most:
-                        raise
+            reader = Reader(min(LARGEST_PICKLE, file.stat().st_size))
+            root, places = pickle_reader.read_old(reader, stream, LARGEST_PICKLE)
 
         def memory(storage: StorageRef) -> torch.UntypedStorage:
             start, length = places[storage.key]
@@ -276,20 +236,13 @@ def _built(
     """Return what a pickle describes, every storage of which has been checked."""
     held = sum({s.key: s.claimed for s in reader.storages}.values())
     names = named_in(root) if COMPILED in reader.names else reader.names
-    unread = {name for name in names if not is_allowed(name)}
+    unread = names - allowed_names() - pickle_reader.storage_dtypes().keys()
     if any(map(_wants_code, unread)) and not scripted:
         return RawFile(None, tuple(sorted(unread)))
     builder = Builder(memory, held + reader.nested_bytes, label, bool(unread))
-    try:
-        with warnings.catch_warnings():
-            # torch's own, of quantised and of sparse tensors.
-            warnings.simplefilter("ignore")
-            value = builder.build(root)
-    except (Odd, MalformedError, SourceError, MemoryError):
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        # What torch and numpy say of arguments that have the right form and the wrong values.
-        raise MalformedError(reason_of(error)) from None
+    # The warnings are torch's own, of quantised and of sparse tensors.
+    with pickle_reader.damage_named(), warnings.catch_warnings(action="ignore"):
+        value = builder.build(root)
     return RawFile(value, tuple(sorted(unread | builder.unread)))
 
 

@@ -14,7 +14,6 @@ from asymswap.errors import AsymswapError, SourceError, listed, reason_of
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.detect import is_file_name, resolve, sha256
 from asymswap.fileformats.model_file import files_of, fingerprint, read_raw, states_of_modules
-from asymswap.fileformats.pickle_reader import MalformedError
 from asymswap.fileformats.state_dict import Found, check_numbers, find_weights, load_state_
 from asymswap.fileformats.torch_files import RawFile, refusal
 from asymswap.models import builders, timm_models, torchvision_models, transformers_models, ultralytics_models
@@ -313,11 +312,8 @@ def _open_loaded(path: Path, raw: RawFile, request: _Request) -> OpenedModel:
     value, notes = raw.value, raw.notes
     if raw.unread:
         notes += (f"left unread, being outside of the allowlist: {listed(raw.unread, 3)}",)
-        try:
-            # Where the architecture is known, the state dict of a module that cannot be loaded will do.
-            value, modules = states_of_modules(value) if request.arch is not None else (value, ())
-        except MalformedError as error:
-            raise SourceError(f"{path} is cut off or damaged: {error}") from None
+        # Where the architecture is known, the state dict of a module that cannot be loaded will do.
+        value, modules = states_of_modules(value, str(path)) if request.arch is not None else (value, ())
         notes += tuple(f"weights taken out of a {name}, whose code was not executed" for name in modules)
     try:
         found = find_weights(value, str(path), request.key)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,8 +63,7 @@ class Team:
         self._exchange.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
-        result: T = box[0]
-        return result
+        return cast("T", box[0])
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, in the order of their numbers."""
@@ -92,8 +91,8 @@ def in_team() -> bool:
 def end_process(code: str | int | None) -> NoReturn:
     """End this process with the code of a `SystemExit`, after its exit handlers, but without Python's own teardown.
 
-    The threads of DistributedDataParallel's process group outlive it, destroyed or not (torch 2.14). One that drops a
-    tensor during the teardown aborts the process. `multiprocessing` ends its processes like this too.
+    Threads of DistributedDataParallel's process group outlive it (torch 2.14), and abort the process where one drops a
+    tensor during the teardown. `multiprocessing` ends its processes like this too.
     """
     if isinstance(code, str):
         print(code, file=sys.stderr)  # noqa: T201  # as Python itself does

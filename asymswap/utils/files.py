@@ -1,8 +1,7 @@
 """Files are written completely or not at all, none is replaced without permission or may change while it is read.
 
-A file is written into a folder beside its target, `.NAME.XXXXXXXX.part`, and renamed from there. Whatever goes wrong,
-the folder is removed; only a killed process or a power failure leaves one behind. Its writer holds a lock in it, so
-that the next writer in the same place can recognise an abandoned one, and removes it.
+A file is written into a folder beside its target, `.NAME.XXXXXXXX.part`, and renamed from there. Only a killed process
+or a power failure leaves the folder behind: the next writer there, who finds it without its lock, removes it.
 """
 
 import os
@@ -114,11 +113,10 @@ def fail_if_modified(*paths: Path) -> Iterator[None]:
     """Raise SourceError, before any error of the block, if one of the files is modified while it runs."""
 
     def state(path: Path) -> tuple[int, ...] | None:
-        try:
+        with suppress(OSError):
             found = path.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return None
 
     before = [state(path) for path in paths]
     try:

@@ -38,8 +38,7 @@ def with_values(inputs: Inputs, device: torch.device | None = None) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
-        tensor = torch.rand(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_meta else tensor
-        return tensor.to(device)
+        return (torch.rand(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_meta else tensor).to(device)
 
     return tuple(map_tensors(one, fill) for one in inputs)
 

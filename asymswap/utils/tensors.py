@@ -116,15 +116,11 @@ def device_of(model: nn.Module) -> torch.device:
 def exact_convs() -> Iterator[None]:
     """Let GPUs compute convs in float32 while the block lasts, and not in TF32, as they do unless told otherwise."""
     cudnn: Any = torch.backends.cudnn
-    parts = (cudnn.conv, cudnn.rnn) if torch.cuda.is_available() else ()  # torch wants the two alike
-    before = [part.fp32_precision for part in parts]
-    try:
-        for part in parts:
+    with ExitStack() as ending:
+        for part in (cudnn.conv, cudnn.rnn) if torch.cuda.is_available() else ():  # torch wants the two alike
+            ending.callback(setattr, part, "fp32_precision", part.fp32_precision)
             part.fp32_precision = "ieee"
         yield
-    finally:
-        for part, precision in zip(parts, before, strict=True):
-            part.fp32_precision = precision
 
 
 def store_(target: Tensor, numbers: Tensor) -> None:
@@ -135,8 +131,7 @@ def store_(target: Tensor, numbers: Tensor) -> None:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Return True for a tensor of four dimensions in this memory format, and not in the default one as well."""
-    fits = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return fits and not tensor.is_contiguous()
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def additions(module: nn.Module, fresh: nn.Module) -> str | None:
@@ -286,26 +281,21 @@ def seed_(*words: object) -> None:
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Restore the caller's global random states at the end of the block."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with ExitStack() as ending, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        ending.callback(random.setstate, random.getstate())
+        ending.callback(np.random.set_state, np.random.get_state())
+        yield
 
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into eval mode while the block lasts, then each module back into its own mode."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
+    with ExitStack() as ending:
+        for model in models:
+            for module in model.modules():
+                ending.callback(setattr, module, "training", module.training)
+            model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -333,12 +323,10 @@ def on_threads(number: int) -> Iterator[None]:
 
     Give LAPACK's eigensolvers one: more save a third at most, and wait for ever where a core is busy.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
+    with ExitStack() as ending:
+        ending.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(number)
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def side_by_side(
@@ -349,10 +337,10 @@ def side_by_side(
 ) -> list[_Result]:
     """Return `function` of every item, in order; two run at once if torch has two threads, each on one thread.
 
-    Two eigensolvers on one thread each take little more than half the time of two runs on two threads, with the same
-    bits. Items that are `alone` take too much memory to run beside another; they come first. `step` gets the number of
-    items done. The first exception in this order is raised once running items have ended; the rest are not begun. In
-    its thread the function must not draw from torch's global generator, nor rely on a mode that was set here.
+    Two eigensolvers on one thread each take little more than half the time of two on two threads, with the same bits.
+    Items that are `alone` take too much memory to run beside another: they come first. `step` gets the number of items
+    done. The first exception in this order is raised once running items have ended; the rest are not begun. The
+    function must not draw from torch's global generator, nor rely on a mode that was set in this thread.
     """
     results: dict[int, _Result] = {}
     solitary = [number for number, item in enumerate(items) if alone(item)]

@@ -271,7 +271,7 @@ def test_a_module_of_an_unknown_class_gives_its_weights(tmp_path: Path, monkeypa
     torch.save({"model": model, "epoch": 3}, tmp_path / "x.pt")
     # As if its code were nowhere.
     monkeypatch.delitem(sys.modules, __name__)
-    value, names = states_of_modules(read_described(tmp_path / "x.pt"))
+    value, names = states_of_modules(read_described(tmp_path / "x.pt"), "x.pt")
     assert names == (f"{__name__}.Mine",)
     assert equal(value["model"], model)
     assert value["model"].keys() == model.state_dict().keys()
