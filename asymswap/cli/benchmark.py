@@ -4,26 +4,30 @@ from enum import StrEnum
 from functools import partial
 from typing import Literal
 
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import options as o
+from asymswap.reporting.benchmark import benchmark_view
 from asymswap.results.benchmark import TITLES
 from asymswap.utils.options import option
 
-_SETTINGS = "Settings (all combinations are timed)"
 _TIME = "Time"
+_SETTINGS = "Settings (all combinations are timed)"
 _RUNTIMES = f"{', '.join(TITLES)}; can be repeated."
 _COUNTS = "no list of whole numbers from 1, such as 1,8"
-
 # Typer takes no list of literals.
 MemoryFormat = StrEnum("MemoryFormat", {"channels_last": "channels-last", "contiguous": "contiguous"})
 
 
 def benchmark(
     models: o.Models,
-    runtime: list[str] | None = option(None, _RUNTIMES, _SETTINGS, shown="torch", metavar="NAME"),
-    batch: str = option("1", "Batch sizes, as 1,8.", _SETTINGS),
+    runtimes: list[str] | None = option(
+        None, _RUNTIMES, _SETTINGS, shown="torch", metavar="NAME", flags=("--runtime",)
+    ),
+    batches: str = option("1", "Batch sizes, as 1,8.", _SETTINGS, flags=("--batch",)),
     threads: str | None = option(None, "Threads of a forward pass, as 1,2.", _SETTINGS, shown="torch's own number"),
-    memory_format: list[MemoryFormat] | None = option(
-        None, "Memory format; can be given twice.", _SETTINGS, shown="both"
+    memory_formats: list[MemoryFormat] | None = option(
+        None, "Memory format; can be given twice.", _SETTINGS, shown="both", flags=("--memory-format",)
     ),
     precision: Literal["fp32", "bf16", "fp16"] | None = option(
         None, "Precision of weights and inputs.", _SETTINGS, shown="the model's own"
@@ -34,18 +38,15 @@ def benchmark(
     common: o.Common = o.BESIDE_WITHOUT_IMAGES,
 ) -> None:
     """Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime openvino --batch 1,8"""
-    batches = o.parse_numbers("--batch", batch, _COUNTS, int)
+    numbers = o.parse_numbers("--batch", batches, _COUNTS, int)
     counts = o.parse_numbers("--threads", threads, _COUNTS, int)
-    with common.progress() as step:
-        from asymswap.api.benchmark import benchmark as run
-        from asymswap.reporting.benchmark import benchmark_view
-
-        found = run(
+    with progress.bars(common.quiet) as step:
+        found = asymswap.benchmark(
             common.open_models(models, step),
-            runtimes=runtime or ["torch"],
-            batches=batches,
+            runtimes=runtimes or ["torch"],
+            batches=numbers,
             threads=counts,
-            memory_formats=[one.value for one in memory_format or MemoryFormat],
+            memory_formats=[one.value for one in memory_formats or MemoryFormat],
             precision=precision,
             rounds=rounds,
             seconds=seconds,

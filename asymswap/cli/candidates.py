@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import options as o
+from asymswap.reporting.candidates import draw as draw_candidates
+from asymswap.utils.files import write_file
 from asymswap.utils.options import option
 
 
@@ -17,15 +21,9 @@ def candidates(
 
     Example: asymswap candidates resnet18 --weights none
     """
-    from asymswap.utils.files import write_file
-
-    if plot is not None:
-        o.check_picture("--plot", plot, force)
-    with common.progress() as step:
-        import asymswap
-        from asymswap.reporting.candidates import draw
-
+    o.check_picture("--plot", plot, force)
+    with progress.bars(common.quiet) as step:
         found = asymswap.candidates(common.model(model, step), recipe=recipe, progress=step)
     if plot is not None:
-        write_file(plot, draw(found, plot.suffix[1:]))
+        write_file(plot, draw_candidates(found, plot.suffix[1:]))
     common.show(found)

@@ -1,7 +1,4 @@
-"""The commands by name, and their options for Typer, made of what `asymswap.utils.options.option` declares.
-
-Each command is imported when it is called; listing them needs only `SUMMARIES`.
-"""
+"""The commands by name, imported when they are called, and their options for Typer, made of what `option` declares."""
 
 import dataclasses
 import difflib
@@ -15,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from asymswap.cli.failures import begin, reporting_errors
+from asymswap.cli import failures
 
 Command = Callable[..., None]
 
@@ -42,7 +39,7 @@ _MAIN = {
     "finetune": "data epochs lr distill train task_file output resume",
     "compare": "data against_original task_file report arch weights input_size",
     "evaluate": "data metric against_original task_file arch weights input_size",
-    "benchmark": "runtime batch threads arch weights input_size",
+    "benchmark": "runtimes batches threads arch weights input_size",
 }
 """The options that most need, of the commands that have many; --help-all shows the others too."""
 EVERYWHERE = "In all commands"
@@ -59,14 +56,14 @@ def function(name: str) -> Command:
 def command(name: str) -> Any:
     """Return the command as Typer makes it, with all of its options."""
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name, cls=_Command)(reporting_errors(function(name)))
+    alone.command(name, cls=_Command)(failures.reporting_errors(function(name)))
     return typer.main.get_command(alone)
 
 
 def begin_as(name: str) -> Any:
     """Return a command, whose options `in_flags` names from now on."""
     made = command(name)
-    begin({parameter.name: parameter for parameter in made.params if parameter.param_type_name == "option"})
+    failures.options = {one.name: one for one in made.params if one.param_type_name == "option"}
     return made
 
 
@@ -95,9 +92,8 @@ class _Listed(TyperCommand):
     """A command in the list of all, which is only made when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        assert self.name is not None
         try:
-            return begin_as(self.name).make_context(info_name, args, parent=parent, **extra)
+            return begin_as(str(self.name)).make_context(info_name, args, parent=parent, **extra)
         except Exception as error:
             # Typer's own errors, which it keeps private: of several near options the nearest, no word of pydantic.
             known: Any = error
@@ -122,9 +118,8 @@ class Commands(TyperGroup):
 class Group:
     """The options that a dataclass declares; a command takes them as one parameter, whose default this is.
 
-    The command gets what `build` makes of their values by name. `only` are the fields to take, `flags` those that
-    differ from the field's name. With `given_only` values that the user does not give are left out; the help shows
-    the field's default.
+    The command gets what `build` makes of their values by name. `only` are the fields to take, `flags` those that are
+    not the field's name. With `given_only` what the user does not give is left out; the help shows its default.
     """
 
     config: type
@@ -139,18 +134,16 @@ class Group:
         found, hints = {}, get_type_hints(self.config)
         for one in dataclasses.fields(self.config):
             if "help" in one.metadata and (self.only is None or one.name in self.only):
-                flags = (self.flags[one.name],) if one.name in self.flags else ()
-                found[one.name] = _parameter(one.name, hints[one.name], one, self.given_only, flags)
+                found[one.name] = _parameter(one.name, hints[one.name], one, self.given_only, self.flags.get(one.name))
         return found
 
 
 def _parameter(
-    name: str, kind: Any, declared: dataclasses.Field[Any], given_only: bool = False, flags: tuple[str, ...] = ()
+    name: str, kind: Any, declared: dataclasses.Field[Any], given_only: bool = False, flag: str | None = None
 ) -> inspect.Parameter:
-    """Return a parameter for Typer of what `option` has declared."""
     about = dict(declared.metadata)
     help, panel, shown = about.pop("help"), about.pop("panel"), about.pop("shown", None)
-    flags = about.pop("flags", flags) or (f"--{name.replace('_', '-')}",)
+    flags = about.pop("flags", None) or (flag or f"--{name.replace('_', '-')}",)
     kind, default = str | None if about.pop("text", False) else kind, declared.default
     if given_only:
         if shown is None and default is not None:
@@ -169,7 +162,7 @@ def _parameter(
 def with_options(command: Command) -> Command:
     """Return a command with Typer's options in place of the parameters whose default is an `option` or a `Group`.
 
-    A parameter that is named like an option of a group only says where the help shows that option.
+    One that is named like an option of a group only says where the help shows that option.
     """
     own = inspect.signature(command, eval_str=True).parameters
     groups: dict[str, Group] = {name: one.default for name, one in own.items() if isinstance(one.default, Group)}
@@ -191,8 +184,8 @@ def with_options(command: Command) -> Command:
         made = {}
         for name, group in groups.items():
             given = {one: values.pop(one) for one in group.parameters}
-            lacking = {one for one, value in given.items() if group.given_only and value is None}
-            made[name] = group.build({one: given[one] for one in given if one not in lacking})
+            known = {one: value for one, value in given.items() if value is not None or not group.given_only}
+            made[name] = group.build(known)
         command(**values, **dict.fromkeys(grouped.keys() & own.keys()), **made)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -3,14 +3,13 @@
 import shlex
 import sys
 import time as time_module
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from asymswap.api.progress import bars
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import STARTED
-from asymswap.cli import data as d
 from asymswap.cli import options as o
 from asymswap.cli.failures import in_flags
 from asymswap.errors import OutputError
@@ -18,6 +17,7 @@ from asymswap.utils.distributed import joined
 from asymswap.utils.files import check_distinct, check_output, write_file
 from asymswap.utils.options import option
 
+_TIME = "Time"
 _CHANGE = "What to do"
 _OUTPUTS = ("-o", "--output", "--report", "--write-plan")
 _JOINED = ("-o", "--output=", "--report=", "--write-plan=")
@@ -38,7 +38,7 @@ def convert(
     max_drop: str | None = option(
         None, "Lose at most 0.5 (points), 0.1dB, or 2% of the outputs, when measured.", _CHANGE
     ),
-    settings: list[str] | None = option(
+    overrides: list[str] | None = option(
         None, "key=value: change a setting of the recipe, such as rank=8.", _CHANGE, flags=("--set",)
     ),
     output: Path | None = option(None, "The file to write.", o.RESULT, flags=o.OUTPUT, shown="<stem>.asym.pt"),
@@ -49,33 +49,27 @@ def convert(
     allow_drift: bool = option(
         False, "Write the model even if a kind has not preserved the function as promised.", o.RESULT
     ),
-    evaluate: str | None = option(None, f"Measure before and after on {d.EVALUATION_FORMS}", o.RESULT),
-    measured: Any = d.MEASURED,
-    time: bool = option(False, "Time before and after in the installed runtimes, as --latency does.", "Time"),
+    evaluate: str | None = option(None, f"Measure before and after on {o.EVALUATION_FORMS}", o.RESULT),
+    measured: Any = o.MEASURED,
+    time: bool = option(False, "Time before and after in the installed runtimes, as --latency does.", _TIME),
     timing: Any = o.TIMING,
-    calibration: Any = d.CALIBRATION,
+    calibration: Any = o.CALIBRATION,
     seed: int = option(0, "Seed for choosing images and for the probe batch."),
     common: o.Common = o.COMMON,
 ) -> None:
     """Example: asymswap convert model.pt --arch resnet18 --recipe 3x3-only"""
-    from asymswap.reporting.convert import check_suffix as check_report
-
     target = output or o.default_output(model)
     written = {"-o": None if dry_run else target, "--report": report, "--write-plan": write_plan}
-    for path in written.values():
-        if path is not None:
-            check_output(path, force)
-    if report is not None:
-        check_report(report)
+    for path in filter(None, written.values()):
+        check_output(path, force)
+    o.check_report(report, force)
     check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration.get("cache")})
-    with joined() as team, bars(common.quiet or not team.leads) as step:
-        import asymswap
+    with joined() as team, progress.bars(common.quiet or not team.leads) as step:
         from asymswap.checkpoint import check_suffix
-        from asymswap.planning.plan import plan_text
 
         if not dry_run:
             check_suffix(target)
-        by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
+        by, how = o.measured_by("--evaluate", evaluate, measured, common.task)
         loading = time_module.perf_counter() - STARTED
         conversion = asymswap.convert(
             common.model(model, step),
@@ -85,8 +79,8 @@ def convert(
             params=params,
             latency=latency,
             max_drop=max_drop,
-            overrides=o.parse_pairs("--set", settings),
-            calibration=d.calibration_of(calibration, seed, team, common.task),
+            overrides=o.parse_pairs("--set", overrides),
+            calibration=o.calibration_of(calibration, seed, team, common.task),
             evaluate=by,
             time=time or None,
             timing=timing,
@@ -107,6 +101,8 @@ def convert(
     conversion.report = in_flags(conversion.report)
     try:
         if write_plan is not None:
+            from asymswap.planning.plan import plan_text
+
             write_file(write_plan, plan_text(conversion.plan))
         if report is not None:
             asymswap.write_report(conversion, report, force=force)
@@ -115,13 +111,9 @@ def convert(
     common.show(conversion.report)
 
 
-def repeatable(arguments: Sequence[str]) -> str:
-    """Return the command line, without the options that only say where results go.
-
-    Runs that differ in nothing else write equal files.
-    """
-    kept = ["asymswap"]
-    words = iter(arguments)
+def repeatable(arguments: list[str]) -> str:
+    """Return the command line without what only says where results go: runs that are else alike write equal files."""
+    kept, words = ["asymswap"], iter(arguments)
     for word in words:
         if word in _OUTPUTS:
             next(words, None)

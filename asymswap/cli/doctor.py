@@ -1,5 +1,6 @@
 """`asymswap doctor`: what a maintainer needs to know of a machine, for an issue."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -8,6 +9,7 @@ from pathlib import Path
 import typer
 
 from asymswap.cli import options as o
+from asymswap.planning import shipped
 
 _PACKAGES = (
     "asymswap", "torch", "torchvision", "numpy", "safetensors", "pydantic", "typer", "rich", "timm", "transformers",
@@ -22,22 +24,18 @@ def doctor(common: o.Common = o.PRINTING) -> None:
     from asymswap.measure.latency import machine
     from asymswap.measure.runtimes import RUNTIMES, installed
     from asymswap.planning.latency_budget import cache_folder
-    from asymswap.planning.shipped import shipped_folder
 
-    known = machine()
-    versions = {}
+    known, versions = machine(), dict.fromkeys(_PACKAGES, "-")
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "-"
     found = {
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "processor": f"{known['processor']}, {known['cores']} cores, {known['threads']} threads",
         "GPUs": ", ".join(known["gpus"]) or "none that torch sees",
         "runtimes": ", ".join(installed(list(RUNTIMES))),
         **versions,
-        "recipes": str(shipped_folder()),
+        "recipes": str(shipped.shipped_folder()),
         "published weights": str(Path(torch.hub.get_dir()) / "checkpoints"),
         "latency cache": str(cache_folder()),
         "variables": " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith(("OMP_", "TORCH_"))) or "none",

@@ -1,7 +1,4 @@
-"""What is wrong with a command line, as far as it can be told without torch, which takes seconds to load.
-
-Names of recipes, networks and data, files, and ranges. What passes is checked again by the verbs, which know more.
-"""
+"""Mistakes that can be told without torch, which takes seconds to load; the verbs, which know more, check again."""
 
 import functools
 import importlib.util
@@ -25,8 +22,7 @@ def check(given: Mapping[str, Any]) -> None:
             raise AsymswapError(f"`{name}={value:g}` is not above 0 and at most 1: a fraction, 0.5 keeps half")
     if isinstance(given.get("recipe"), str):
         read_recipe_text(given["recipe"])
-    models = [given.get("model"), given.get("checkpoint"), *(given.get("models") or ())]
-    for model in models:
+    for model in (given.get("model"), given.get("checkpoint"), *given.get("models", ())):
         if model is not None:
             _check_model(str(model), given)
     for name in ("data", "evaluate"):

@@ -3,20 +3,19 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from asymswap.cli import data as d
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.options import option
 
+_FORMS = "onnx, pt2, state-dict, ultralytics or transformers."
+
 
 def export(
     checkpoint: o.Checkpoint,
-    to: Literal["onnx", "pt2", "state-dict", "ultralytics", "transformers"] | None = option(
-        None,
-        "onnx, pt2, state-dict, ultralytics or transformers.",
-        o.RESULT,
-        shown="by the file's ending, or onnx",
-        metavar="FORM",
+    form: Literal["onnx", "pt2", "state-dict", "ultralytics", "transformers"] | None = option(
+        None, _FORMS, o.RESULT, shown="by the file's ending, or onnx", metavar="FORM", flags=("--to",)
     ),
     output: Path | None = option(None, "The file to write.", o.RESULT, flags=o.OUTPUT, shown="<stem>.onnx or .pt2"),
     fuse: bool = option(True, "First fuse replacements that fuse exactly."),
@@ -24,28 +23,26 @@ def export(
     quantize: Literal["int8"] | None = option(
         None, "int8: measure ranges on --calibrate, then compute in int8.", "int8", shown=False, metavar="int8"
     ),
-    calibration: Any = d.INPUTS,
+    calibration: Any = o.INPUTS,
     force: bool = o.FORCE,
     common: o.Common = o.EXPORTED,
 ) -> None:
     """Example: asymswap export model.asym.pt --to onnx -o model.onnx"""
     target = o.default_output(str(checkpoint), "exported")
-    if to == "transformers":
+    if form == "transformers":
         target = target.with_suffix("")
-    elif to not in ("state-dict", "ultralytics"):
-        target = target.with_name(f"{checkpoint.stem}.{to or 'onnx'}")
-    target = o.target_of(checkpoint, output, target, force)
-    with common.progress() as step:
-        from asymswap.api.export import export as run
-
-        report = run(
+    elif form not in ("state-dict", "ultralytics"):
+        target = target.with_name(f"{checkpoint.stem}.{form or 'onnx'}")
+    target = o.target_of(checkpoint, output or target, force)
+    with progress.bars(common.quiet) as step:
+        report = asymswap.export(
             common.model(checkpoint, step),
             target,
-            form=to,
+            form=form,
             fuse=fuse,
             dynamic_size=dynamic_size,
             quantize=quantize,
-            calibration=d.calibration_of(calibration, 0, ALONE, common.task) if quantize or calibration else None,
+            calibration=o.calibration_of(calibration, 0, ALONE, common.task) if quantize or calibration else None,
             force=force,
             progress=step,
         )

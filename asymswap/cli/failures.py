@@ -8,25 +8,25 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
+from asymswap.errors import AsymswapError, visible
+
 T = TypeVar("T")
 _LONGEST = 2000
 """Limit for an error's text: enough for the mistakes of a recipe; a file may hold names of any length."""
 
 
-def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
+def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that ends in one line and exit code 1 for what cannot be done, in 130 for Ctrl-C.
 
-    A library's warnings are one line each, too; with --debug they keep their form, with the place in the code.
-
-    This wraps the command inside of Typer, which would print nothing for Ctrl-C, and exit with 1 for a closed pipe.
+    A library's warnings are one line each, too; with --debug they keep their form, with the place in the code. This
+    wraps the command inside of Typer, which would print nothing for Ctrl-C, and exit with 1 for a closed pipe.
     """
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
         try:
             with warnings.catch_warnings():
                 if not kwargs.get("debug"):
@@ -50,9 +50,6 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _say(what: str, text: str) -> None:
-    """Print one line on stderr."""
-    from asymswap.errors import visible
-
     # Where in torch's source a warning arises helps nobody here.
     text = re.sub(r"\s*\(Triggered internally at [^)]*\)", "", text)
     # Names out of a file may hold what a terminal would obey, and line ends.
@@ -61,8 +58,6 @@ def _say(what: str, text: str) -> None:
 
 
 def _text(error: Exception) -> str:
-    from asymswap.errors import AsymswapError
-
     text = str(error)
     if isinstance(error, AsymswapError):
         return text
@@ -76,36 +71,24 @@ def _text(error: Exception) -> str:
 
 _ARGUMENT = re.compile(r"`(?P<of>[A-Z]\w*\()?(?P<name>[a-z]\w*)=(?P<value>[^`]{0,200}?)(?(of)\))`")
 _OTHER_NAMES = {
-    "batches": "batch",
     "calibration": "data",
-    "form": "to",
     "inputs": "task_file",
     "loss": "task_file",
-    "memory_formats": "memory_format",
-    "overrides": "settings",
     "path": "output",
     "polish_minutes": "polish_steps",
-    "runtimes": "runtime",
     "timing": "runtime",
 }
 """Arguments in Python that have another name among the parameters of commands."""
 
-_options: dict[str, Any] = {}
-"""The options of the running command, as click has them, by parameter name."""
-
-
-def begin(options: Mapping[str, Any]) -> None:
-    """Set the options of the command that runs, for `in_flags`."""
-    _options.clear()
-    _options.update(options)
+options: dict[str, Any] = {}
+"""The options of the running command, which sets them, as click has them, by parameter name."""
 
 
 def in_flags(value: T) -> T:
     """Return a text or a record with each argument that it names between backquotes as the running command's option.
 
-    `` `force=True` `` becomes --force, `` `weights="none"` `` --weights none, `` `arch=…` `` --arch, and
-    `` `PreprocessingOptions(normalize=…)` `` --normalize; what is no option of the command stays as it is.
-    Records are dataclasses, dicts, lists and tuples; they are copied.
+    `` `weights="none"` `` becomes --weights none and `` `PreprocessingOptions(normalize=…)` `` --normalize; what is no
+    option of the command stays as it is. Records are dataclasses, dicts, lists and tuples; they are copied.
     """
     changed: Any = value
     if isinstance(value, str):
@@ -122,11 +105,11 @@ def in_flags(value: T) -> T:
 
 def _as_option(found: re.Match[str]) -> str:
     name, text = found["name"], found["value"]
-    option = _options.get(name) or _options.get(_OTHER_NAMES.get(name, ""))
+    option = options.get(name) or options.get(_OTHER_NAMES.get(name, ""))
     if option is None:
         return found[0]
     flag: str = max(option.opts, key=len)
-    if text in ("", "…"):
+    if text in ("", "…", "True"):
         return flag
     try:
         value = ast.literal_eval(text.replace("…", "..."))
@@ -136,8 +119,6 @@ def _as_option(found: re.Match[str]) -> str:
         return str(max(option.secondary_opts, key=len))
     if value is None or value is False:
         return f"no {flag}"
-    if value is True:
-        return flag
     if isinstance(value, dict):
         return " ".join(f"{flag} {key}={_word(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from asymswap.api.progress import training as shown_training
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.cli.commands import Group
-from asymswap.cli.data import LABELLED
 from asymswap.cli.failures import in_flags
 from asymswap.errors import AsymswapError
 from asymswap.training.config import Training
+from asymswap.types import silent
 from asymswap.utils.distributed import joined
 from asymswap.utils.options import option
 
@@ -20,7 +21,7 @@ _TRAINING: Any = Group(Training)
 def finetune(
     checkpoint: o.Checkpoint,
     data: str | None = option(
-        None, f"{LABELLED} With --distill also a folder of images without labels.", o.IMAGES, shown=False
+        None, f"{o.LABELLED} With --distill also a folder of images without labels.", o.IMAGES, shown=False
     ),
     training: Any = _TRAINING,
     download: bool = o.DOWNLOAD,
@@ -43,15 +44,12 @@ def finetune(
         raise AsymswapError("give --data, or a --task with training(); one of them, not both")
     # A process that torchrun has restarted resumes the run.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    target = o.target_of(checkpoint, output, o.default_output(str(checkpoint), "tuned"), force or resume)
+    target = o.target_of(checkpoint, output or o.default_output(str(checkpoint), "tuned"), force or resume)
     with (
         joined(gpus=common.device != "cpu") as team,
-        shown_training(common.quiet or common.json or not team.leads, in_flags) as shown,
+        progress.training(common.quiet or common.json or not team.leads, in_flags) as shown,
     ):
-        import asymswap
         from asymswap.data.batches import parse_presets
-        from asymswap.data.metrics import Metric
-        from asymswap.types import silent
 
         if training["augment"] is not None:
             training["augment"] = parse_presets(training["augment"])
@@ -61,7 +59,7 @@ def finetune(
             Training(**training),
             inputs=task.inputs,
             loss=task.loss,
-            evaluate=Metric(task.evaluate, task.lower_is_better) if task.evaluate else None,
+            evaluate=asymswap.Metric(task.evaluate, task.lower_is_better) if task.evaluate else None,
             output=target,
             run=run,
             resume=resume,

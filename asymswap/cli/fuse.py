@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.utils.options import option
 
@@ -19,9 +21,8 @@ def fuse(
     common: o.Common = o.OF_CHECKPOINT,
 ) -> None:
     """Example: asymswap fuse model.asym.pt --as-original -o model.pt"""
-    target = o.target_of(checkpoint, output, o.default_output(str(checkpoint), "fused"), force)
-    with common.progress() as step:
-        import asymswap
+    target = o.target_of(checkpoint, output or o.default_output(str(checkpoint), "fused"), force)
+    with progress.bars(common.quiet) as step:
         from asymswap.checkpoint import check_suffix
 
         check_suffix(target)

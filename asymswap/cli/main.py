@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from asymswap.cli import options
+from asymswap import __version__
 from asymswap.cli.commands import Commands
 from asymswap.utils.distributed import end_process, in_team
 
@@ -28,8 +29,6 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from asymswap import __version__
-
         typer.echo(f"asymswap {__version__}")
         raise typer.Exit
 
@@ -55,6 +54,16 @@ def _measures_time(arguments: Sequence[str]) -> bool:
     return timed or arguments[:1] in (["compare"], ["benchmark"])
 
 
+def fill_in(arguments: list[str]) -> list[str]:
+    """Return the arguments with the value `original` for a --distill whose value was left out."""
+    result = []
+    for argument, following in itertools.pairwise([*arguments, "-"]):
+        result.append(argument)
+        if argument == "--distill" and following.startswith("-"):
+            result.append("original")
+    return result
+
+
 def main() -> NoReturn:
     """Run the command line: exit code 0 when done, 1 for what cannot be done, 2 for wrong usage, 130 for Ctrl-C."""
     # Otherwise torch's threads busy-wait: if another program keeps one core busy, converting a ResNet-50 takes twice
@@ -69,7 +78,7 @@ def main() -> NoReturn:
         # What the terminal's encoding lacks becomes a question mark; it must not end the command.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
-    sys.argv[1:] = options.fill_in(sys.argv[1:])
+    sys.argv[1:] = fill_in(sys.argv[1:])
     try:
         app()
     except SystemExit as done:

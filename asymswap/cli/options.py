@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib.util
-import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+import re
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asymswap.api.progress import bars, plain_console
+from asymswap.api.progress import plain_console
+from asymswap.calibration.config import Calibration
 from asymswap.cli.commands import EVERYWHERE, Group
 from asymswap.cli.failures import in_flags
 from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
+from asymswap.models.preprocessing import PreprocessingOptions
+from asymswap.planning.shipped import shipped_names
+from asymswap.reporting import tables
+from asymswap.reporting.convert import check_suffix
+from asymswap.results.records import plain, to_json
+from asymswap.types import Progress, UserData
+from asymswap.utils.distributed import Team
+from asymswap.utils.files import check_distinct, check_output
 from asymswap.utils.options import option
 
 if TYPE_CHECKING:
@@ -29,12 +39,8 @@ if TYPE_CHECKING:
     from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
     from asymswap.models.opening import Unopened
-    from asymswap.models.preprocessing import PreprocessingOptions
-    from asymswap.reporting.tables import Screen
-    from asymswap.types import Progress
 
-_MODEL = "Model"
-IMAGES, RESULT = "Images", "Result"
+_MODEL, IMAGES, RESULT = "Model", "Images", "Result"
 """Panels of the help that several commands have."""
 
 _ABOUT_MODEL = (
@@ -42,6 +48,10 @@ _ABOUT_MODEL = (
     "pkg.mod:factory, net.py:Net."
 )
 _ABOUT_MODELS = "Names, pkg.mod:factory, or files of any kind; the others are compared with the first."
+_ABOUT_PIXELS = (
+    "How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others."
+)
+_ABOUT_TASK = "Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one."
 Model = Annotated[str, typer.Argument(help=_ABOUT_MODEL, show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_ABOUT_MODELS, show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="A file that `asymswap convert` wrote.", show_default=False)]
@@ -53,8 +63,6 @@ DOWNLOAD = option(False, "Fetch the data where torchvision can.", IMAGES)
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Return the shipped recipes that begin like this, for the shell; where none does, it offers files."""
-    from asymswap.planning.shipped import shipped_names
-
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
 
@@ -88,12 +96,7 @@ class Common:
     trust_pickle: bool = option(
         False, "Unpickle classes outside the allowlist. This may run any code in the file.", _MODEL
     )
-    normalize: str | None = option(
-        None,
-        "How pixels are normalised: imagenet, none (0 to 1), half (-1 to 1), bytes (0 to 255), cifar10 and others.",
-        IMAGES,
-        shown=_NORMALIZE,
-    )
+    normalize: str | None = option(None, _ABOUT_PIXELS, IMAGES, shown=_NORMALIZE)
     mean: str | None = option(
         None, "Mean of each channel, for pixels from 0 to 1, as 0.5,0.5,0.5; with --std.", IMAGES, shown=False
     )
@@ -106,12 +109,7 @@ class Common:
     interpolation: str | None = option(
         None, "bilinear, bicubic, nearest and others.", IMAGES, shown="the model's own, or bilinear"
     )
-    task_file: Path | None = option(
-        None,
-        "Your own data, inputs, metric and loss: a Python file, which is run. `asymswap task` prints one.",
-        "Task",
-        flags=("--task",),
-    )
+    task_file: Path | None = option(None, _ABOUT_TASK, "Task", flags=("--task",))
     device: str | None = option(
         None, "Where it computes: cpu, cuda, cuda:1 or mps.", _MODEL, shown="images on a GPU if there is one"
     )
@@ -121,7 +119,6 @@ class Common:
     debug: bool = option(False, "Show the traceback of an error.", EVERYWHERE)
 
     def __post_init__(self) -> None:
-        """Raise AsymswapError where both JSON and Markdown are asked for."""
         if self.json and self.markdown:
             raise AsymswapError("--json and --markdown are two forms of the same; give one of them")
 
@@ -135,8 +132,6 @@ class Common:
     @functools.cached_property
     def preprocessing(self) -> PreprocessingOptions | None:
         """How images are prepared; None where none of the options is given."""
-        from asymswap.models.preprocessing import PreprocessingOptions
-
         sides = parse_numbers("--size", self.size, "not height x width, such as 224x224", int, "x", (1, 2))
         options = PreprocessingOptions(
             normalize=self.normalize,
@@ -176,7 +171,6 @@ class Common:
         """Return a model for one verb; the first sample of a task's calibration() is its example."""
         if self.task.calibration is not None:
             from asymswap.data.inputs import settle_on
-            from asymswap.types import UserData
 
             # That is not yet what the verb works on, so no report is to mention it.
             opened = replace(settle_on(opened, UserData(self.task.calibration, self.task.inputs)), fed=None)
@@ -187,15 +181,8 @@ class Common:
         if self.preprocessing is not None and data is None:
             raise AsymswapError("how images are prepared was said, but there are none: give `data=…`, or leave it out")
 
-    def progress(self) -> AbstractContextManager[Progress]:
-        """Show progress while a block runs."""
-        return bars(self.quiet)
-
-    def show(self, record: Any, view: Callable[[Any, int | None], Screen] | None = None) -> None:
+    def show(self, record: Any, view: Callable[[Any, int | None], tables.Screen] | None = None) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
-        from asymswap.reporting import tables
-        from asymswap.results.records import to_json
-
         draw = view or tables.view
         if self.markdown:
             typer.echo(draw(in_flags(record), None).markdown(), nl=False)
@@ -208,12 +195,11 @@ class Common:
 
 _NUMBERS = "no list of numbers, such as 0.5,0.5,0.5"
 _IMAGES = ("normalize", "mean", "std", "bgr", "size", "resize", "interpolation")
-_PRINTING = ("json", "quiet", "debug")
 
 
 def _common(*opening: str, images: bool = True) -> Any:
     """Return the common options, with these alone of those that say how a model is opened."""
-    only = (*opening, *(_IMAGES if images else ()), *(("task_file",) if opening else ()), *_PRINTING)
+    only = (*opening, *(_IMAGES if images else ()), *(("task_file",) if opening else ()), "json", "quiet", "debug")
     return Group(Common, lambda values: Common(**values), only=only)
 
 
@@ -228,6 +214,44 @@ TRAINED = _common("arch", "arguments", "input_size", "device")
 PRINTING = _common(images=False)
 """The options of `Common` that different commands have."""
 
+LABELLED = "digits, a folder of class folders, cifar10:PATH (cifar100, mnist, fashion-mnist), or a tensor file."
+"""Labelled images that every command takes, for the end of a help text."""
+EVALUATION_FORMS = f"{LABELLED.replace(', or a', ', a')[:-1]}, pairs:INPUTS,TARGETS or masks:IMAGES,MASKS."
+"""Data that models can be evaluated on, likewise."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    metric: list[str] | None = option(
+        None,
+        "Measure by FILE.py:function or pkg.mod:function, which is run: it gets the model and returns a number, or "
+        "numbers by name; can be repeated.",
+        "Metric",
+    )
+    crop_border: int = option(0, "Pixels to leave out at each border of pairs.", "Metric", min=0)
+    against_original: bool = option(
+        False,
+        "Measure how far each model agrees with the first, without labels, on what `convert` holds back of the same "
+        "--data, or of a task's calibration().",
+        "Metric",
+    )
+
+
+MEASURED: Any = Group(_Measured, only=("metric", "crop_border"))
+COMPARED: Any = Group(_Measured)
+UNLABELLED: Any = Group(Calibration, given_only=True, only=("patch", "noise", "outputs"))
+_FLAGS = {
+    "data": "--calibrate",
+    "images": "--calibration-images",
+    "cache": "--calibration-cache",
+    "polish_steps": "--polish",
+    "memory_gib": "--calibration-memory",
+}
+CALIBRATION: Any = Group(Calibration, given_only=True, flags=_FLAGS)
+INPUTS: Any = Group(
+    Calibration, given_only=True, flags=_FLAGS, only=("data", "images", "patch", "patches", "noise", "outputs")
+)
+
 
 def console() -> Console:
     """Return the console for results; of unknown width, it is wide enough for complete tables."""
@@ -238,28 +262,77 @@ def console() -> Console:
 
 def print_json(value: Any) -> None:
     """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
-    from asymswap.results.records import plain
-
     print(json.dumps(plain(in_flags(value)), indent=2, allow_nan=False))  # noqa: T201
 
 
-def fill_in(arguments: list[str]) -> list[str]:
-    """Return the arguments with the value `original` for a --distill whose value was left out."""
-    result = []
-    for argument, following in itertools.pairwise([*arguments, "-"]):
-        result.append(argument)
-        if argument == "--distill" and following.startswith("-"):
-            result.append("original")
-    return result
+def measured_by(
+    option: str, data: str | None, measured: Mapping[str, Any], task: Task, needed: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Return the one thing by which `option`, `--metric` or a task asks to measure, and more arguments of the verb."""
+    metrics, crop_border = measured["metric"] or [], measured["crop_border"]
+    by = {option: data is not None, "--metric": metrics, f"evaluate() of {task.path}": task.evaluate}
+    said = [name for name, given in by.items() if given]
+    if len(said) > 1:
+        raise AsymswapError(f"{said[0]} and {said[1]} both say what to measure by; give one of them")
+    if needed and not said:
+        raise AsymswapError(f"give {option}, --metric with a function of your own, or a --task with evaluate()")
+    if crop_border and data is None:
+        raise AsymswapError(f"--crop-border goes with {option} pairs:INPUTS,TARGETS; leave it out")
+    if not metrics and task.evaluate is None:
+        return data, {"crop_border": crop_border}
+    from asymswap.data.metrics import Metric, read_metric
+
+    if task.evaluate is not None:
+        return Metric(task.evaluate, task.lower_is_better), {}
+    return [read_metric(reference) for reference in metrics], {}
+
+
+def compared_by(
+    data: str | None, measured: Mapping[str, Any], unlabelled: Mapping[str, Any], task: Task, needed: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Return what `measured_by` does, or with --against-original the inputs on which models are to agree."""
+    if not measured["against_original"]:
+        if unlabelled:
+            raise AsymswapError(f"`{next(iter(unlabelled))}=…` goes with --against-original; leave it out")
+        return measured_by("--data", data, measured, task, needed)
+    images = task.calibration if data is None else data
+    if images is None:
+        raise AsymswapError("--against-original needs inputs: give --data, or a --task with calibration()")
+    return Calibration(images, inputs=task.inputs, **unlabelled), {"against_original": True}
+
+
+def calibration_of(given: Mapping[str, Any], seed: int, team: Team, task: Task) -> Calibration | None:
+    """Return the calibration that options or a task ask for, None where no data is given, which some options need."""
+    if task.calibration is not None and "data" in given:
+        raise AsymswapError(f"--calibrate and calibration() of {task.path} both say what to calibrate on; give one")
+    known = {"data": task.calibration, "inputs": task.inputs}
+    given = dict(given) | {name: value for name, value in known.items() if value is not None}
+    if not given.keys() & {"data", "cache"}:
+        # What a task says of inputs is for other data, too.
+        given.pop("inputs", None)
+        if given:
+            name, value = next(iter(given.items()))
+            about = f"`{name}={value}` is of calibration"
+            raise AsymswapError(f"{about}, which needs images: give --calibrate DATA, or a --task with calibration()")
+        if team.size > 1:
+            raise AsymswapError("torchrun has nothing to share out: several processes are for --calibrate DATA")
+        return None
+    if "polish_images" in given and "polish_steps" not in given:
+        raise AsymswapError("--polish-images needs polishing: give --polish STEPS or MINUTES")
+    if "polish_steps" in given:
+        text = given.pop("polish_steps")
+        polish = re.fullmatch(r"(?P<steps>\d+)|(?P<minutes>\d+(\.\d+)?) ?m(in(utes)?)?", text)
+        if polish is None:
+            raise AsymswapError(f"--polish {text!r} is neither steps, such as 500, nor minutes, such as 5min")
+        steps, minutes = polish["steps"], polish["minutes"]
+        given |= {"polish_steps": int(steps)} if steps else {"polish_minutes": float(minutes)}
+    return Calibration(**given, seed=seed, team=team)
 
 
 def parse_numbers(
     option: str, text: str | None, form: str, kind: type = float, by: str = ",", lengths: Collection[int] = ()
 ) -> Any:
-    """Read numbers, such as `0.5,0.5`, or `224x320`; whole ones must be above zero.
-
-    Raises AsymswapError, which says that the text is `form`, for anything else.
-    """
+    """Read numbers, such as `0.5,0.5` or, whole and above zero, `224x320`; `form` says what any other text is."""
     if text is None:
         return None
     found: tuple[Any, ...] = ()
@@ -271,12 +344,7 @@ def parse_numbers(
 
 
 def parse_pairs(option: str, texts: list[str] | None, python: bool = False) -> dict[str, Any]:
-    """Read `key=value` texts, the values as TOML, or else as plain text; raises AsymswapError for other forms.
-
-    With `python`, values are Python's literals first: `None`, `(2, 2)`.
-    """
-    import ast
-    import tomllib
+    """Read `key=value` texts, the values as TOML or else as text; with `python` first as its literals, as `(2, 2)`."""
 
     def parse(text: str) -> Any:
         if python:
@@ -295,15 +363,22 @@ def parse_pairs(option: str, texts: list[str] | None, python: bool = False) -> d
     return pairs
 
 
-def check_picture(option: str, path: Path, force: bool, suffixes: Sequence[str] = (".svg", ".png")) -> None:
+def check_picture(option: str, path: Path | None, force: bool, suffixes: Sequence[str] = (".svg", ".png")) -> None:
     """Raise AsymswapError where a picture, or a report with one, cannot be written, before any work is done for it."""
-    from asymswap.utils.files import check_output
-
+    if path is None:
+        return
     if path.suffix not in suffixes:
         raise AsymswapError(f"{option} {path}: the file must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if path.suffix != ".md" and importlib.util.find_spec("matplotlib") is None:
         raise AsymswapError(f"{option} {path}: pictures need matplotlib; pip install 'asymswap[plot]'")
     check_output(path, force)
+
+
+def check_report(path: Path | None, force: bool) -> None:
+    """Raise OutputError where a report cannot be written, before any work is done for it."""
+    if path is not None:
+        check_output(path, force)
+        check_suffix(path)
 
 
 def model_file(reference: str | Path) -> Path | None:
@@ -328,11 +403,8 @@ def default_output(reference: str, mark: str = "asym") -> Path:
     return Path(f"{stem}.{mark}.pt")
 
 
-def target_of(checkpoint: Path, output: Path | None, target: Path, force: bool) -> Path:
-    """Return the file that a command writes: `output`, or else `target`; raise OutputError where it cannot be."""
-    from asymswap.utils.files import check_distinct, check_output
-
-    target = output or target
+def target_of(checkpoint: Path, target: Path, force: bool) -> Path:
+    """Return the file that a command writes; raise OutputError where it cannot be."""
     check_output(target, force)
     check_distinct({"the checkpoint": model_file(checkpoint), "-o": target})
     return target

@@ -4,26 +4,26 @@ from operator import itemgetter
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from asymswap.cli import options as o
+from asymswap.planning import shipped
+from asymswap.reporting.tables import Column, Screen, Table
 from asymswap.utils.options import option
 
 _FUNCTION = {"exactly": "kept", "approximately": "approximated", "nothing": "not kept"}
+_RECIPE = typer.Argument(
+    help="A name to show, or a .toml file to check.", show_default=False, autocompletion=o.complete_recipe
+)
 
 
 def recipes(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            help="A name to show, or a .toml file to check.", show_default=False, autocompletion=o.complete_recipe
-        ),
-    ] = None,
+    recipe: Annotated[str | None, _RECIPE] = None,
     schema: bool = option(False, "Print the JSON Schema of recipes, for editors."),
     common: o.Common = o.PRINTING,
 ) -> None:
     """Example: asymswap recipes 3x3-only > mine.toml"""
     from asymswap.planning import recipe as r
-    from asymswap.planning import shipped
 
     if schema:
         o.print_json(r.json_schema())
@@ -43,23 +43,17 @@ def recipes(
         if common.json:
             o.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
         elif not common.quiet:
-            from rich.console import Group
-            from rich.text import Text
-
-            from asymswap.reporting.tables import Column, Table
-
-            def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
-                left = [Column(titles[number], itemgetter(number), side="left") for number in (0, 1)]
-                return Table([*left, Column(titles[2], itemgetter(2), side="fold")], rows).terminal()
 
             def row(name: str, function: str, summary: str) -> tuple[str, ...]:
                 """Return texts of the same widths in all groups."""
                 return name.ljust(max(map(len, listed))), function.ljust(max(map(len, _FUNCTION.values()))), summary
 
-            parts: list[Any] = [table(row("Recipe", "Function", "What it does"), [])]
+            columns = [Column("", itemgetter(number), side="left") for number in (0, 1)]
+            columns.append(Column("", itemgetter(2), side="fold"))
+            blocks: list[list[Any]] = [[Text("  ".join(row("Recipe", "Function", "What it does")), "bold")]]
             for group in r.GROUPS:
                 of = {name: about for name, about in listed.items() if about.group == group}
                 rows = [row(name, _FUNCTION[about.preserves or "nothing"], about.summary) for name, about in of.items()]
-                parts += [Text(f"\n{group}", style="bold"), table(("", "", ""), rows)]
+                blocks.append([Text(group, "bold"), Table(columns, rows)])
             note = "Function: whether the network, before it is trained again, computes what it did."
-            o.console().print(Group(*parts, Text(f"\n{note}", style="dim")), highlight=False, markup=False)
+            o.console().print(Screen("", (), blocks, [note]), highlight=False, markup=False)

@@ -4,12 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import typer
+from rich.errors import ConsoleError
 
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.cli.commands import begin_as
 from asymswap.cli.failures import in_flags
 from asymswap.errors import AsymswapError, CheckpointError
-from asymswap.utils.files import check_output, write_file
+from asymswap.reporting.offsets import draw as draw_offsets
+from asymswap.reporting.screens import show_view
+from asymswap.utils.files import write_file
 from asymswap.utils.options import option
 
 _OFFSETS = "Offsets"
@@ -32,25 +37,18 @@ def show(
         if report is not None or plan:
             other = "--plan" if report is None else "--report"
             raise AsymswapError(f"{other} is about the conversion, --offsets, --draw and --data about taps; run twice")
-        if draw is not None:
-            o.check_picture("--draw", draw, force)
-        with common.progress() as step:
-            from asymswap.api.offsets import offsets as find_offsets
-            from asymswap.reporting import offsets as views
-
+        o.check_picture("--draw", draw, force)
+        with progress.bars(common.quiet) as step:
             common.check_images(data)
-            moved = find_offsets(common.model(checkpoint, step), data=data)
+            moved = asymswap.offsets(common.model(checkpoint, step), data=data)
         if draw is not None:
-            write_file(draw, views.draw(moved, draw.suffix[1:]))
+            write_file(draw, draw_offsets(moved, draw.suffix[1:]))
         common.show(moved)
         return
-    if report is not None:
-        from asymswap.reporting.convert import check_suffix
-
-        check_output(report, force)
-        check_suffix(report)
-    with common.progress():
+    o.check_report(report, force)
+    with progress.bars(common.quiet):
         from asymswap.checkpoint import header_to_json, read_checkpoint
+        from asymswap.planning.plan import plan_text
 
         header = read_checkpoint(checkpoint).header
         begin_as("convert")  # whose report it is
@@ -65,16 +63,10 @@ def show(
 
         write_file(report, stored_report_text(header, checkpoint, report))
     if plan:
-        from asymswap.planning.plan import plan_text
-
         typer.echo(plan_text(header.plans[-1]), nl=False)
     elif common.json:
         o.print_json(header_to_json(header))
     elif not common.quiet:
-        from rich.errors import ConsoleError
-
-        from asymswap.reporting.screens import show_view
-
         try:
             o.console().print(show_view(str(checkpoint), header), highlight=False, markup=False)
         except CheckpointError as error:

@@ -7,15 +7,24 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from asymswap.cli import data as d
+import asymswap
+from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.cli.failures import in_flags
 from asymswap.errors import AsymswapError
+from asymswap.reporting import tables
+from asymswap.reporting.sweep import draw as draw_sweep
+from asymswap.reporting.sweep import to_html as sweep_page
+from asymswap.results.records import to_json
+from asymswap.results.sweep import Tradeoff, from_json
 from asymswap.utils.distributed import ALONE
-from asymswap.utils.files import check_distinct, check_output
+from asymswap.utils.files import check_distinct, check_output, write_file
 from asymswap.utils.options import option
 
-_BUDGET, _DATA = "Budgets", "Data"
+_DATA = "Data"
+_BUDGET = "Budgets"
+_TOLERANCE = "1 point; 0.1dB; a hundredth"
+_RESUMED = "JSON file, written after each point and read to resume."
 
 
 def sweep(
@@ -23,27 +32,18 @@ def sweep(
     recipe: Annotated[
         list[str], typer.Option(help="A recipe's name or file; several are compared.", autocompletion=o.complete_recipe)
     ],
-    evaluate: str | None = option(None, f"Measure on {d.EVALUATION_FORMS}", _DATA, shown=False),
-    measured: Any = d.MEASURED,
+    evaluate: str | None = option(None, f"Measure on {o.EVALUATION_FORMS}", _DATA, shown=False),
+    measured: Any = o.MEASURED,
     macs: str | None = option(None, "Fractions of the MACs, as 0.9:0.3:0.1 or 0.6,0.5.", _BUDGET, shown="0.9:0.3:0.1"),
     params: str | None = option(None, "Fractions of the parameters instead.", _BUDGET),
     latency: str | None = option(None, "Fractions of the latency on this machine instead.", _BUDGET),
     timing: Any = o.TIMING,
     tolerance: str | None = option(
-        None,
-        "How much of the first score the advice may lose, as for convert's --max-drop.",
-        _BUDGET,
-        shown="1 point; 0.1dB; a hundredth",
+        None, "How much of the first score the advice may lose, as for convert's --max-drop.", _BUDGET, shown=_TOLERANCE
     ),
-    calibration: Any = d.CALIBRATION,
+    calibration: Any = o.CALIBRATION,
     seed: int = option(0, "Seed for choosing images."),
-    output: Path | None = option(
-        None,
-        "JSON file, written after each point and read to resume.",
-        o.RESULT,
-        flags=o.OUTPUT,
-        shown="<stem>.sweep.json",
-    ),
+    output: Path | None = option(None, _RESUMED, o.RESULT, flags=o.OUTPUT, shown="<stem>.sweep.json"),
     report: list[Path] | None = option(None, "Also write .html, .md, .svg or .png; can be repeated.", o.RESULT),
     force: bool = o.FORCE,
     common: o.Common = o.COMMON,
@@ -54,7 +54,7 @@ def sweep(
     if len(given) > 1:
         raise AsymswapError("budgets are of --macs, of --params or of --latency; give one of them")
     measure = cast(Literal["macs", "params", "latency"], next(iter(given), "macs"))
-    budgets = parse_fractions(f"--{measure}", given[measure]) if given else None
+    budgets: dict[str, Any] = {"budgets": parse_fractions(f"--{measure}", given[measure])} if given else {}
     target = output or o.default_output(model, "sweep").with_suffix(".json")
     reports = list(dict.fromkeys(report or []))
     for path in reports:
@@ -63,8 +63,6 @@ def sweep(
     check_distinct({"the model": o.model_file(model), "-o": target, **{f"--report {path}": path for path in reports}})
     known = None
     if target.exists() and not force:
-        from asymswap.results.sweep import from_json
-
         try:
             known = from_json(json.loads(target.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -72,40 +70,32 @@ def sweep(
                 f"{target} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
                 f"--force to replace it"
             ) from None
-    with common.progress() as step:
-        from asymswap.api.sweep import BUDGETS
-        from asymswap.api.sweep import sweep as run
-        from asymswap.reporting import sweep as views
-        from asymswap.results.records import to_json
-        from asymswap.results.sweep import Tradeoff
-        from asymswap.utils.files import write_file
+    with progress.bars(common.quiet) as step:
 
         def write(result: Tradeoff) -> None:
             write_file(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")
 
-        by, how = d.measured_by("--evaluate", evaluate, measured, common.task)
-        result = run(
+        by, how = o.measured_by("--evaluate", evaluate, measured, common.task)
+        result = asymswap.sweep(
             common.model(model, step),
             recipe,
             by,
-            budgets=budgets or BUDGETS,
             measure=measure,
             timing=timing,
-            calibration=d.calibration_of(calibration, seed, ALONE, common.task),
+            calibration=o.calibration_of(calibration, seed, ALONE, common.task),
             tolerance=tolerance,
             known=known,
             on_point=write,
             progress=step,
+            **budgets,
             **how,
         )
         write(result)
         for path in reports:
-            if path.suffix == ".md":
-                write_file(path, views.sweep_view(in_flags(result)).markdown())
-            elif path.suffix == ".html":
-                write_file(path, views.to_html(in_flags(result)))
+            if path.suffix in (".md", ".html"):
+                write_file(path, tables.to_file(in_flags(result), path, sweep_page))
             else:
-                write_file(path, views.draw(result, path.suffix[1:]))
+                write_file(path, draw_sweep(result, path.suffix[1:]))
     common.show(result)
 
 

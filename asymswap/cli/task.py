@@ -2,9 +2,9 @@
 
 import typer
 
+from asymswap.planning import shipped
+
 
 def task() -> None:
     """Example: asymswap task > my_task.py"""
-    from asymswap.planning.shipped import shipped_folder
-
-    typer.echo((shipped_folder() / "my_task.py").read_text(encoding="utf-8"), nl=False)
+    typer.echo((shipped.shipped_folder() / "my_task.py").read_text(encoding="utf-8"), nl=False)

@@ -43,7 +43,6 @@ def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> 
 
 
 def _figures(benchmark: Benchmark, results: Sequence[Result]) -> list[Column]:
-    """Return the columns of figures of what could be run."""
     models = benchmark.models
     columns = [
         Column("ms", "seconds.minimum", fmt.milliseconds),
@@ -100,7 +99,6 @@ def _advice(benchmark: Benchmark) -> Iterator[str]:
 
 def _layers_table(layers: Layers, most: int) -> Table:
     """Return the layers of the greatest excess, the others, the rest and the sum."""
-
     names = ("first", "own", "first_macs", "macs", "excess")
 
     def summed(name: str, rows: Sequence[LayerRow]) -> dict[str, Any]:

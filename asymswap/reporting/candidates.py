@@ -68,10 +68,7 @@ def _verdict(found: Candidates) -> str:
 
 
 def draw(found: Candidates, form: str = "svg") -> bytes:
-    """Draw every conv's share of the model's MACs and parameters, in order, coloured by kind; needs matplotlib.
-
-    Convs that are no candidates are grey.
-    """
+    """Draw each conv's share of MACs and parameters, coloured by kind, grey if it is no candidate; needs matplotlib."""
     rows, total = found.rows, found.total
     rest = total - sum((row.site.cost for row in rows), start=Cost(0, 0))
     kinds = list(dict.fromkeys(row.kind for row in rows if row.reason is None))

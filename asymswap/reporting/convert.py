@@ -1,6 +1,5 @@
 """How the report of a conversion is shown: for a terminal, as Markdown, as one HTML page, as a file."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,10 +9,10 @@ from pathlib import Path
 from asymswap.errors import OutputError, listed, near_names
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import percent_of, render
-from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, kept_lines
+from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, kept_lines, to_file
 from asymswap.results.convert import FusionRow, Report, SiteRow
 from asymswap.results.evaluate import Agreement, OutputAgreement
-from asymswap.results.records import Provenance, to_json
+from asymswap.results.records import Provenance
 from asymswap.types import MACS
 
 # Terminals of at least this many columns show everything that is known of a layer.
@@ -30,17 +29,12 @@ MARKS = "●■▲◆▼✚▮"
 def check_suffix(path: Path) -> None:
     """Raise OutputError unless the file name ends as a report does."""
     if path.suffix not in (known := (".html", ".json", ".md")):
-        hint = near_names(path.suffix, known)
-        raise OutputError(f"report {path}: the file must end in .html, .json or .md{hint}")
+        raise OutputError(f"report {path}: the file must end in .html, .json or .md{near_names(path.suffix, known)}")
 
 
 def report_text(report: Report, provenance: Provenance, path: Path) -> str:
     """Return the report in the form that the file's ending chooses."""
-    if path.suffix == ".html":
-        return to_html(report, provenance)
-    if path.suffix == ".md":
-        return report_view(report, None).markdown()
-    return json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    return to_file(report, path, partial(to_html, provenance=provenance))
 
 
 def headline(report: Report) -> list[Change]:
@@ -74,10 +68,7 @@ def _ms(milliseconds: float) -> str:
 
 
 def layer_table(report: Report, width: int | None = None) -> Table:
-    """Return a row for each conv, and below them the rest of the model and the total.
-
-    For a terminal of a given width, only swapped convs have rows, and kinds are named only if they differ.
-    """
+    """Return a row for each conv and, below, sums; with a width, of swapped convs, and kinds only where they differ."""
 
     def becomes(row: SiteRow, settings: str) -> str:
         if row.kind is None:
@@ -122,10 +113,7 @@ def layer_table(report: Report, width: int | None = None) -> Table:
 
 
 def report_view(report: Report, width: int | None) -> Screen:
-    """Return headline figures, what was done to each conv, what was kept and why, and the fine print.
-
-    Without a width, every conv has a row, and all hashes are named.
-    """
+    """Return figures, what each conv became or why it was kept, and the fine print; without a width all there is."""
     model, calibration = report.model, report.calibration
     origin = "" if model.origin in (model.reference, f"torchvision:{model.reference}") else f" ({model.origin})"
     kept = [] if width is None else kept_lines(row for row in report.sites if row.action == "keep")
@@ -191,7 +179,6 @@ def _first_lines(report: Report) -> list[str]:
 
 
 def _latency(report: Report) -> list[str]:
-    """Return how time was measured, and what is to be known of it."""
     found = report.latency
     if found is None:
         return [report.untimed] if report.untimed else []
@@ -261,24 +248,6 @@ def to_html(report: Report, provenance: Provenance) -> str:
     kinds = list(dict.fromkeys(row.kind for row in report.sites if row.kind is not None))
     marks = {kind: (f"kind{number % len(MARKS)}", MARKS[number % len(MARKS)]) for number, kind in enumerate(kinds)}
     marks["kept"] = ("kept", "-")
-    model, versions = report.model, {"asymswap": report.asymswap, **provenance.versions}
-    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items())
-    origin = [
-        ("Model", model.reference),
-        ("Built from", model.origin),
-        ("Weights", model.weights),
-        ("SHA-256 of the file", model.sha256 or ""),
-        ("Input", model.input),
-        ("Read by", model.traced_by),
-        *(("Note", note) for note in model.notes),
-        ("Recipe", report.recipe),
-        ("Changed in it", ", ".join(f"{key} = {value}" for key, value in provenance.overrides.items())),
-        ("Budget", report.budget or ""),
-        ("Seed", "" if provenance.seed is None else str(provenance.seed)),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        *(("File", f"{file.path}: {fmt.size(file.bytes)}") for file in report.files),
-        ("Seconds", f"{sum(report.seconds.values()):.1f} ({seconds})" if seconds else ""),
-    ]
     return render(
         "report.html.j2",
         "report.js",
@@ -291,13 +260,11 @@ def to_html(report: Report, provenance: Provenance) -> str:
         marks=marks,
         panels=_panels(report),
         table=layer_table(report),
-        details=partial(_details, report),
         verdicts=_verdicts(report),
         kept=kept_lines(row for row in report.sites if row.action == "keep"),
         latency=_latency(report),
         markdown=report_view(replace(report, seconds={}), None).markdown(),
         fused=fusion_table(provenance.fused),
-        origin=origin,
     )
 
 
@@ -315,18 +282,3 @@ def _panels(report: Report) -> list[tuple[str, str, list[dict[str, int]]]]:
             heights = [{css: percent_of(value, most) for css, value in layer.items()} for layer in known]
             panels.append((title, show(most), heights))
     return panels
-
-
-def _details(report: Report, row: SiteRow) -> list[tuple[str, str]]:
-    """Return the details of a layer; the page leaves out empty ones."""
-    facts = [("share of the model's MACs before", fmt.share(row.before.macs, report.before.macs))]
-    facts += [(key, str(value)) for key, value in row.settings.items()]
-    if row.action == "swap":
-        facts += [
-            ("MACs", f"{row.before.macs:,} to {row.after.macs:,}"),
-            ("parameters", f"{row.before.params:,} to {row.after.params:,}"),
-            ("promised to be exact", "yes" if row.exact else "no"),
-            ("why", row.reason),
-        ]
-    largest = "" if row.output_largest is None else f"{row.output_largest:.3g}"
-    return [*facts, ("takes over the batch norm", row.absorbs or ""), ("largest change of an output value", largest)]

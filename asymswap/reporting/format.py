@@ -138,10 +138,9 @@ def clean(text: str) -> str:
 
 
 def markdown_text(text: str, code: bool = False) -> str:
-    """Return text as one line of Markdown that shows just this text; names and reasons may come from anybody's file.
+    """Return anybody's text as one line of Markdown that shows just this; tables escape its `|`.
 
-    A `<` that begins no tag stays as it is. A `|` matters only in tables, which escape it. A name is set as code unless
-    code could not hold it, which has no escapes.
+    A name is set as code unless code could not hold it, which has no escapes.
     """
     shown = visible(" ".join(text.split()))
     if code and shown and not set(shown) & set("`\\"):

@@ -12,10 +12,7 @@ from asymswap.reporting import format as fmt
 
 
 def render(template: str, script: str | None = None, sheet: str = "report.css", **values: Any) -> str:
-    """Return the page of a template in `templates/`, with the style of all pages, and the named script if any.
-
-    The page needs no other file. The template escapes all values; the page's policy allows only this style and script.
-    """
+    """Return the page of a template, all values escaped; its policy allows only its own style and script, no files."""
     import jinja2
     from markupsafe import Markup
 

@@ -1,4 +1,4 @@
-"""Screens of the verbs that write no report: evaluate, finetune, fuse, export, show."""
+"""Screens of the verbs that write no page of their own: evaluate, finetune, fuse, export, show."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -190,10 +190,7 @@ def plan_view(plan: Plan, width: int | None = None) -> Screen:
 
 
 def show_view(path: str, header: Any) -> Screen:
-    """Return origin, preprocessing, headline figures, versions, and the swaps of every conversion of a checkpoint.
-
-    Raises CheckpointError or one of Python's errors where the provenance, which anybody may have written, is damaged.
-    """
+    """Return how a checkpoint was made; raises CheckpointError or Python's errors for a provenance that is damaged."""
     made, origin = read_provenance(header.provenance, path), header.origin
     texts = {key: str(value) for key, value in origin.arguments.items()}
     # A whole yaml or config is an argument, too.

@@ -18,7 +18,6 @@ _MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
     """Return the advice, the network as it was and every point, and how the figures were measured."""
     first, advised, front = sweep.first, sweep.advised, sweep.front
-
     unchanged = Point("unchanged", 1.0, sweep.before, {score.name: score.value for score in sweep.scores})
 
     def mark(point: Point) -> str:
@@ -68,15 +67,8 @@ def sweep_view(sweep: Tradeoff, width: int | None = None) -> Screen:
 
 def to_html(sweep: Tradeoff) -> str:
     """Return the advice, the curve and the table as one self-contained page; needs matplotlib."""
-    screen = sweep_view(sweep)
-    return render(
-        "sweep.html.j2",
-        sweep=sweep,
-        picture="data:image/svg+xml;base64," + base64.b64encode(draw(sweep, "svg")).decode(),
-        table=screen.items[0],
-        lines=screen.fine_print,
-        warnings=[fmt.sentence(line) for line in sweep.warnings],
-    )
+    picture = "data:image/svg+xml;base64," + base64.b64encode(draw(sweep, "svg")).decode()
+    return render("sweep.html.j2", sweep=sweep, screen=sweep_view(sweep), picture=picture)
 
 
 def draw(sweep: Tradeoff, form: str) -> bytes:

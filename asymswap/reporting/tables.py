@@ -1,7 +1,4 @@
-"""Tables and screens of them, described once, for a terminal, as Markdown and as HTML (`templates/`).
-
-`asymswap.types.Shown`, the base of all results, finds `to_text`, `to_line` and `to_fragment` by their names.
-"""
+"""Tables and screens for a terminal, Markdown and HTML; `asymswap.types.Shown` finds the functions `to_…` by name."""
 
 import importlib
 import io
@@ -69,10 +66,7 @@ class Table:
         return bool(self.rows)
 
     def terminal(self, width: int | None = None) -> rich.table.Table:
-        """Return the table for a terminal of this width; None shows every column.
-
-        With a width, names of rows are in one piece if there is room, and break at their dots if not.
-        """
+        """Return the table for a terminal, None: of any width; in a narrow one, names of rows break at their dots."""
         columns = [column for column in self.columns if width is None or column.least <= width]
         titles = [column.title for column in columns]
         cells = [[written(column.text(row)) for column in columns] for row in self.rows]
@@ -165,10 +159,7 @@ def score_column(score: Score, change: bool = False, least: int = 0) -> Column:
 
 @dataclass(frozen=True)
 class Screen:
-    """Title and warnings, blocks below each other, and the fine print; without a width, tables show every column.
-
-    Empty tables, blocks and lines are left out. Text with a style is bold in Markdown.
-    """
+    """Title, warnings, blocks and fine print, without what of them is empty; without a width, all columns of tables."""
 
     title: str
     warnings: Sequence[str]
@@ -247,22 +238,20 @@ def to_line(result: Any) -> str:
 
 def to_fragment(result: Any) -> str:
     """Return a result as a part of a page: its style is for this part alone, and all text in it is escaped."""
-    return _drawn(result, "fragment.html.j2", "fragment.css")
+    return to_page(result, "", "fragment.html.j2", "fragment.css")
 
 
-def to_page(result: Any, title: str) -> str:
+def to_page(result: Any, title: str, template: str = "page.html.j2", sheet: str = "report.css") -> str:
     """Return a result as a whole page, which needs no other file."""
-    return _drawn(result, "page.html.j2", title=title)
-
-
-def to_file(result: Any, path: Path, title: str) -> str:
-    """Return a result in the form of the file's ending: a page, Markdown, or JSON."""
-    if path.suffix == ".html":
-        return to_page(result, title)
-    return view(result, None).markdown() if path.suffix == ".md" else json.dumps(to_json(result), indent=2) + "\n"
-
-
-def _drawn(result: Any, template: str, sheet: str = "report.css", **values: Any) -> str:
     screen = view(result, _ALL)
     items = [item if isinstance(item, Table) else str(item) for item in screen.items]
-    return render(template, sheet=sheet, screen=screen, items=items, **values)
+    return render(template, sheet=sheet, screen=screen, items=items, title=title)
+
+
+def to_file(result: Any, path: Path, page: Callable[[Any], str]) -> str:
+    """Return a result in the form of the file's ending: what `page` makes of it, Markdown, or JSON."""
+    if path.suffix == ".html":
+        return page(result)
+    if path.suffix == ".md":
+        return view(result, None).markdown()
+    return json.dumps(to_json(result), indent=2, allow_nan=False) + "\n"

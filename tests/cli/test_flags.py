@@ -24,7 +24,7 @@ class Record:
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     options = {one.name: one for one in command(name).params if one.param_type_name == "option"}
-    monkeypatch.setattr(failures, "_options", options)
+    monkeypatch.setattr(failures, "options", options)
 
 
 @pytest.mark.parametrize(
@@ -76,5 +76,5 @@ def test_records_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_command_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "_options", {})
+    monkeypatch.setattr(failures, "options", {})
     assert in_flags("`arch=…`") == "`arch=…`"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from asymswap.cli.data import calibration_of
+from asymswap.cli.options import calibration_of
 from asymswap.data.task import FUNCTIONS, Task, read_task
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.planning.shipped import shipped_folder

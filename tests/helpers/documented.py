@@ -24,9 +24,8 @@ from typing import Any
 import typer
 
 from asymswap import replacements
-from asymswap.cli import options
 from asymswap.cli.commands import SUMMARIES, command
-from asymswap.cli.main import app
+from asymswap.cli.main import app, fill_in
 from asymswap.planning.recipe import Rule, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +184,7 @@ def check_asymswap(arguments: Sequence[str]) -> None:
     if arguments[0].startswith("-"):
         typer.main.get_command(app).make_context("asymswap", list(arguments), resilient_parsing=True)
         return
-    name, rest = arguments[0], options.fill_in(list(arguments[1:]))
+    name, rest = arguments[0], fill_in(list(arguments[1:]))
     if name not in SUMMARIES:
         raise ValueError(f"there is no command {name!r}; known: {', '.join(SUMMARIES)}")
     try:
