@@ -120,9 +120,8 @@ def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
     if folder.folder.exists() and not folder.folder.is_dir():
         raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another as `run=…`")
     if folder.exists and not resume and not force:
-        raise AsymswapError(
-            f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another"
-        )
+        advice = f"continue it with `resume=True`, {_AGAIN}, or give another"
+        raise AsymswapError(f"there is a run in {folder.folder} already; {advice}")
 
 
 def _hash(state: Mapping[str, Any]) -> str:
