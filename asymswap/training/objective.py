@@ -117,9 +117,13 @@ class Objective:
             raise SourceError(f"`loss=…` gave a {what}; it must return one number as a tensor, such as a mean")
         return check_gradient(found.reshape(()), "`loss=…` gave a number that")
 
-    def trains_in_eval_mode(self, student: nn.Module, batch: Batch) -> bool:
+    def trains_in_eval_mode(self, student: nn.Module, source: Source) -> bool:
         """Return True for a student, such as a detector, whose outputs are those of the teacher in eval mode only."""
-        assert self.teacher is not None
+        if self.teacher is None or self.labels or self.by_user is not None:
+            return False
+        with closing(source.groups(0, 0)) as groups:
+            (batch, *_), _ = next(groups)
+        batch = to_device(batch, next(student.parameters()).device)
         arguments = map_tensors(arguments_of(student, batch.content, self.inputs), self._formatted)
         probed, reason = deep_copy(student), ""
         with torch.no_grad():

@@ -119,13 +119,8 @@ class Trainer:
                 if folder is not None:
                     # All wait for the first: the others would else begin to train for a run that cannot be written.
                     self.team.first(lambda: folder.begin(progress.step, self.identity))
-                objective, self._eval_mode = self.objective, False
-                if objective.teacher is not None and not objective.labels and objective.by_user is None:
-                    with closing(self.source.groups(0, 0)) as groups:
-                        (batch, *_), _ = next(groups)
-                    batch = to_device(batch, self.accelerator.device)
-                    self._eval_mode = objective.trains_in_eval_mode(self.raw, batch)
-                    self.notes += [_IN_EVAL_MODE] if self._eval_mode else []
+                self._eval_mode = self.objective.trains_in_eval_mode(self.raw, self.source)
+                self.notes += [_IN_EVAL_MODE] if self._eval_mode else []
                 if progress.before is None:
                     progress.before = self._validate(self.raw)
                 epochs, note = -(-self.steps // self.source.steps), "; ".join(self.notes)
