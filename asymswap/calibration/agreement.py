@@ -130,7 +130,7 @@ def on_held_back(
         if restored.suits(opened.model):
             return restored
     if unit != "%" and pairs is not None and not given.patches.noise:
-        held_back = held_back_of(len(paired_files(pairs)), given)[:_VALUES]
+        held_back = held_back_of(len(paired_files(pairs)), given)[0][:_VALUES]
         # A network may take images of its own size alone, or make other ones than those.
         with contextlib.suppress(SourceError):
             Pairs(pairs, opened.preprocessing, chosen=held_back[:1])(opened.model, lambda *_: None)

@@ -55,10 +55,8 @@ def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ..
         # torch has no minimum of the larger unsigned types.
         given = given.to(torch.int64) if whole else given
         if given.shape != (len(images),) or not whole or int(given.min()) < 0:
-            raise _UnfitError(
-                f"has labels of shape {tuple(given.shape)} and {given.dtype} for {len(images)} images",
-                "give one whole number from 0 on for each",
-            )
+            what = f"has labels of shape {tuple(given.shape)} and {given.dtype} for {len(images)} images"
+            raise _UnfitError(what, "give one whole number from 0 on for each")
         numbers: list[int] = given.tolist()
         if max(numbers) >= _MOST_CLASSES:
             raise _UnfitError(f"has a label {max(numbers)}, which is no number of a class")

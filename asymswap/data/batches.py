@@ -6,15 +6,15 @@ in their order, each process takes every n-th.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
 
@@ -50,10 +50,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, content=map_tensors(content, lambda tensor: tensor.to(device, non_blocking=True)))
 
 
-class TrainingImages(Dataset[Any]):
+class TrainingImages:
     """Augmented network inputs: item `epoch * len(data) + number` depends on the seed, the epoch and the number alone.
 
-    The next image replaces one that cannot be read; with `strict` the error is the sample. Images become of `dtype`.
+    The next image replaces one that cannot be read, unless it is `strict`. In batches images become of `dtype`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TrainingImages(Dataset[Any]):
     ) -> None:
         self.data, self.seed, self.dtype, self._transform, self._strict = data, seed, dtype, transform, strict
 
-    def __getitem__(self, key: int) -> tuple[Any, int, int] | SourceError:
+    def __getitem__(self, key: int) -> tuple[Any, int, int]:
         labels = self.data.labels
         epoch, index = divmod(key, len(labels))
         for skipped in range(min(len(labels), _MOST_SKIPPED)):
@@ -71,25 +71,22 @@ class TrainingImages(Dataset[Any]):
                 torch.default_generator.manual_seed(number_for(self.seed, "augment", epoch, index))
                 try:
                     return self._transform(self.data.picture(place)), labels[place], int(skipped > 0)
-                except SourceError as error:
-                    # Returned: raised in a worker it would arrive as a page of traceback.
+                except SourceError:
                     if self._strict:
-                        return error
-        return SourceError("no image of the data can be read; `strict=True` names the first that cannot")
+                        raise
+        raise SourceError("no image of the data can be read; `strict=True` names the first that cannot")
 
-
-def _collate(dtype: torch.dtype | None, samples: Sequence[Any]) -> Batch | SourceError:
-    """Return a batch of images and labels, or of the images alone where there are no labels."""
-    for sample in samples:
-        if isinstance(sample, SourceError):
-            return sample
-    try:
+    def batch(self, keys: Sequence[int]) -> Batch | SourceError:
+        """Return images with their labels, or alone where they have none; or the error of one that cannot be read."""
         hint = "; give a DataLoader with a collate_fn of yours"
-        images, labels, skipped = call("putting samples into a batch", default_collate, list(samples), hint=hint)
-    except SourceError as error:
-        return error
-    images = images if dtype is None else images.to(dtype)
-    return Batch(images if -1 in labels else (images, labels), len(labels), int(skipped.sum()))
+        try:
+            samples = [self[key] for key in keys]
+            images, labels, skipped = call("putting samples into a batch", default_collate, samples, hint=hint)
+        except SourceError as error:
+            # Raised in a worker it would arrive as a page of traceback.
+            return error
+        images = images if self.dtype is None else images.to(self.dtype)
+        return Batch(images if -1 in labels else (images, labels), len(labels), int(skipped.sum()))
 
 
 class Reader:
@@ -100,19 +97,18 @@ class Reader:
     def __init__(self, images: TrainingImages, batch_size: int, accumulate: int, team: Team, workers: int) -> None:
         self.count, parts = len(images.data.labels), accumulate * team.size
         if self.count < parts:
-            raise AsymswapError(
-                f"{self.count} images cannot be shared among {team.size} processes x `accumulate={accumulate}`: too few"
-            )
+            among = f"{team.size} processes x `accumulate={accumulate}`"
+            raise AsymswapError(f"{self.count} images cannot be shared among {among}: too few")
         # At least one image for each, even where a batch of one image then has two.
         self.steps = min(-(-self.count // (batch_size * parts)), self.count // parts)
         self.unit = "samples" if images.dtype is None else "images"
         self._seed, self._accumulate, self._team = images.seed, accumulate, team
         self._keys: list[list[int]] = []  # of the batches that the loader reads next
         self._loader: DataLoader[Any] = DataLoader(
-            images,
+            range(sys.maxsize),  # type: ignore[arg-type]  # of which each number is itself
             batch_sampler=self._keys,
             num_workers=workers,
-            collate_fn=partial(_collate, images.dtype),
+            collate_fn=images.batch,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: the loader would otherwise draw from the global one.
@@ -139,24 +135,22 @@ class Batches:
 
     The data is read from its start for every epoch, also where an epoch is continued. Before each batch the random
     generators are seeded, by the epoch and the batch's number: a resumed run gets the same batches, and so does every
-    process. Raises SourceError for data that cannot be read twice, or gives nothing; `most` is the number of steps
-    after which data without a length need not be counted further.
+    process. Of data without a length at most `most` steps are counted. Raises SourceError for data that cannot be read
+    twice, or gives nothing.
     """
 
     unit = "batches"
 
     def __init__(self, data: Any, accumulate: int, team: Team, seed: int, most: int | None = None) -> None:
         self._team, self._seed, self._each = team, seed, accumulate * team.size
-        self.notes: tuple[str, ...] = ()
+        self.count, self.notes = 0, tuple[str, ...]()
         makes = callable(data) and not hasattr(data, "__iter__")
         self._what = what = f"{data.__name__}()" if makes and hasattr(data, "__name__") else "`data=…`"
         made = call(what, data) if makes else data
         self.name, once = type(made).__name__, isinstance(made, Iterator)
         if not hasattr(made, "__iter__") or isinstance(made, Mapping | str):
-            raise SourceError(
-                f"{what} gives a {self.name}, not batches; give a data reference, a DataLoader, a Dataset, any "
-                "iterable of batches, or a function that returns one"
-            )
+            takes = "a data reference, a DataLoader, a Dataset, any iterable of batches, or a function that returns one"
+            raise SourceError(f"{what} gives a {self.name}, not batches; give {takes}")
         if isinstance(made, IterableDataset):
             raise SourceError(f"{what} gives samples, not batches; give a DataLoader of the {self.name}")
         if once and not makes:
@@ -198,8 +192,11 @@ class Batches:
                 seed_(self._seed, "data", epoch, number)
                 batch = call(self._what, next, batches, _END)
                 if batch is _END:
-                    return
+                    break
                 yield batch
+            if number < self.count:
+                gave = f"{self._what} gave {number} batches in epoch {epoch + 1}, not {self.count}"
+                raise SourceError(f"{gave}: if one reading uses it up, give a function that returns a new one")
         finally:
             own.set_state(before)
 
@@ -208,16 +205,7 @@ class Batches:
         with closing(self._read(epoch)) as batches:
             for step in range(self.steps):
                 wanted = min(self._each, self.count - step * self._each)
-                mine, given = [], 0
-                for given, batch in enumerate(itertools.islice(batches, wanted), start=1):
-                    if (given - 1) % self._team.size == self._team.rank:
-                        mine.append(Batch(batch, 1))
-                number = step * self._each + given
-                if given < wanted:
-                    raise SourceError(
-                        f"{self._what} gave {number} batches in epoch {epoch + 1}, not {self.count}: "
-                        "if one reading uses it up, give a function that returns a new one"
-                    )
+                mine = [Batch(batch, 1) for _, batch in self._team.share(itertools.islice(batches, wanted))]
                 if step >= start:
                     whole = wanted // self._team.size
                     yield mine[:whole], whole * self._team.size

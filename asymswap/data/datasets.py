@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image as TensorImage
@@ -40,13 +40,7 @@ from asymswap.utils.tensors import generator_for
 Part = Literal["train", "test", "val"]
 PIL_MODES = {1: "L", 3: "RGB"}
 
-_COLLECTIONS: dict[str, tuple[Any, str]] = {
-    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
-    "cifar100": (datasets.CIFAR100, "cifar-100-python"),
-    "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST"),
-    "mnist": (datasets.MNIST, "MNIST"),
-}
-"""For each of the `references.COLLECTIONS` torchvision's class, and the folder that it looks for."""
+_COLLECTIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion-mnist": FashionMNIST, "mnist": MNIST}
 
 
 @dataclass(frozen=True)
@@ -133,9 +127,8 @@ def open_data(
     place, channels, means, stds = Path(reference).expanduser(), known.channels, len(known.mean), len(known.std)
     tensors = place.suffix in TENSORS and place.is_file()
     if channels not in PIL_MODES and not tensors:
-        raise SourceError(
-            f"the model takes {channels} channels, images have 1 or 3; give `input_size=…`, or a file of tensors"
-        )
+        what = f"the model takes {channels} channels, images have 1 or 3"
+        raise SourceError(f"{what}; give `input_size=…`, or a file of tensors")
     if not channels == means == stds:
         raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
     modes = [mode.value for mode in InterpolationMode]
@@ -146,8 +139,7 @@ def open_data(
     if reference == "digits":
         with np.load(Path(__file__).with_name("digits.npz")) as stored:
             chosen = stored["train" if part == "train" else "test"]
-            # Pixels count from 0 to 16.
-            pixels = torch.from_numpy(stored["images"][chosen]).to(torch.float32)[:, None] / 16
+            pixels = torch.from_numpy(stored["images"][chosen]).to(torch.float32)[:, None] / 16  # they count to 16
             labels = stored["labels"][chosen].tolist()
         description = f"digits (scikit-learn): {len(chosen)} {part} images of 10 classes"
         # These pictures fill their frame, so that a crop would cut them: they are always resized as a whole.
@@ -158,54 +150,49 @@ def open_data(
     if colon and name in PAIRED:
         if not unlabelled:
             raise SourceError(f"data {reference!r} has no classes; give images with labels")
-        paths = [path for path, _ in paired_files(reference)]
-        return _of_files(paths[0].parent, [(path, -1) for path in paths], known)
+        samples = [(path, -1) for path, _ in paired_files(reference)]
+        return _of_files(samples[0][0].parent, samples, known)
     if download:
         raise SourceError(f"`download=True` is for {', '.join(COLLECTIONS)}; {reference!r} cannot be downloaded")
     if place.is_dir():
         return _open_folder(place, known, part, unlabelled)
     if tensors:
         images, labels, classes = arrays.read_arrays(place, part)
-        picture = from_memory(images, channels)
         if not classes and not unlabelled:
             raise SourceError(f"data {place} holds images without labels; give an .npz or .pt file with both")
-        description = f"file {place}: {len(labels)} images of {len(classes)} classes"
+        about = f"file {place}: {len(labels)} images of {len(classes)} classes"
         own = images.dtype != torch.uint8
-        return LabelledImages(labels, picture, classes, description, known, as_they_are=own)
+        return LabelledImages(labels, from_memory(images, channels), classes, about, known, as_they_are=own)
     check_reference(reference)
     raise SourceError(f"data {reference!r} is neither a folder nor a file of tensors; {HOW_TO_NAME}")
 
 
-def patches_from(data: LabelledImages, size: int | None, count: int | None, noise: float, seed: int) -> LabelledImages:
-    """Return square patches of the images in turn, `count` or one of each, drawn by number and seed, with noise."""
-    picture = partial(_patch, data.picture, len(data), size, noise, seed)
-    description = f"{data.description}{Patches(size, None, noise)}"
-    return replace(data, labels=[-1] * (count or len(data)), picture=picture, classes=(), description=description)
+def patches_from(data: LabelledImages, patches: Patches, count: int, seed: int) -> LabelledImages:
+    """Return so many square patches of the images in turn, drawn by number and seed, with noise."""
+    picture, description = partial(_patch, data, patches, seed), f"{data.description}{patches}"
+    return replace(data, labels=[-1] * count, picture=picture, classes=(), description=description)
 
 
-def _patch(
-    picture: Callable[[int], Any], total: int, size: int | None, noise: float, seed: int, index: int
-) -> TensorImage:
-    image = v2.functional.to_dtype(v2.functional.to_image(picture(index % total)), torch.float32, scale=True)
-    draw = generator_for(seed, "patch", index)
+def _patch(data: LabelledImages, patches: Patches, seed: int, index: int) -> TensorImage:
+    image = v2.functional.to_image(data.picture(index % len(data)))
+    image = v2.functional.to_dtype(image, torch.float32, scale=True)
+    draw, size = generator_for(seed, "patch", index), patches.size
     if size is not None:
         height, width = image.shape[-2:]
         if min(height, width) < size:
             raise SourceError(f"an image of {height}x{width} is smaller than a patch; give a smaller `patch={size}`")
-        top, left, turned = (
-            int(torch.randint(0, most, (1,), generator=draw)) for most in (height - size + 1, width - size + 1, 2)
-        )
+        counts = height - size + 1, width - size + 1, 2
+        top, left, turned = (int(torch.randint(0, count, (1,), generator=draw)) for count in counts)
         image = image[..., top : top + size, left : left + size]
         image = image.flip(-1) if turned else image
-    if noise:
-        image = image + noise * torch.randn(image.shape, generator=draw)
+    if patches.noise:
+        image = image + patches.noise * torch.randn(image.shape, generator=draw)
     return TensorImage(image)
 
 
-def _open_collection(
-    name: str, folder: Path, preprocessing: Preprocessing, part: Part, download: bool
-) -> LabelledImages:
-    make, holds = _COLLECTIONS[name]
+def _open_collection(name: str, folder: Path, known: Preprocessing, part: Part, download: bool) -> LabelledImages:
+    make: Any = _COLLECTIONS[name]
+    holds = getattr(make, "base_folder", make.__name__)  # as torchvision calls what it unpacks
     # The folder above, or the unpacked folder itself.
     root = folder.parent if folder.name == holds else folder
     if not download and not (root / holds).is_dir():
@@ -218,9 +205,9 @@ def _open_collection(
         what = f"data {name}:{folder} cannot be read ({reason_of(error)})"
         raise SourceError(f"{what}; `download=True` fetches it again") from None
     labels, classes = [int(label) for label in found.targets], tuple(found.classes)
-    picture = partial(_nth, partial(_from_collection, PIL_MODES[preprocessing.channels]), found.data)
+    picture = partial(_nth, partial(_from_collection, PIL_MODES[known.channels]), found.data)
     description = f"{name} in {folder}: {len(labels)} {part} images of {len(classes)} classes"
-    return LabelledImages(labels, picture, classes, description, replace(preprocessing, resize=None))
+    return LabelledImages(labels, picture, classes, description, replace(known, resize=None))
 
 
 def _from_collection(mode: str, image: Any) -> Image.Image:
@@ -236,18 +223,14 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
         suitable = ("test", "val") if part == "test" else (part,)
         name = next((name for name in suitable if name in present), None)
         if name is None:
-            raise SourceError(
-                f"data folder '{folder}' holds {' and '.join(present)}, but no folder {' or '.join(suitable)} that "
-                "holds class folders; add it, or give the folder that is meant"
-            )
+            what = f"holds {' and '.join(present)}, but no folder {' or '.join(suitable)} that holds class folders"
+            raise SourceError(f"data folder '{folder}' {what}; add it, or give the folder that is meant")
         root, classes = folder / name, parts[name]
         # Labels are positions among the names: with other classes they would shift unnoticed.
         if parts["train"] and parts["train"] != classes:
             odd = ", ".join(sorted(set(parts["train"]) ^ set(classes)))
-            raise SourceError(
-                f"data folder '{folder}' has other classes in train than in {name} (only in one: {odd}); "
-                "give both the same class folders"
-            )
+            what = f"has other classes in train than in {name} (only in one: {odd})"
+            raise SourceError(f"data folder '{folder}' {what}; give both the same class folders")
     if not classes:
         if not unlabelled:
             raise SourceError(f"folder '{root}' holds no class folders; put each class's images into its own folder")
@@ -272,10 +255,11 @@ def _of_files(
 
 def paired_files(reference: str) -> list[tuple[Path, Path]]:
     """Return the files of `pairs:INPUTS,TARGETS`, two images or folders of images of the same stems; or SourceError."""
-    name, _, places = reference.partition(":")
-    first, second = (Path(place).expanduser() for place in f"{places},".split(",")[:2])
-    if places.count(",") != 1 or not all(places.split(",")):
+    name, _, text = reference.partition(":")
+    places = text.split(",")
+    if len(places) != 2 or not all(places):
         raise SourceError(f"data {reference!r}: give {name}:{PAIRED[name]}, two folders or two files")
+    first, second = (Path(place).expanduser() for place in places)
     if first.is_file() and second.is_file():
         return [(first, second)]
     stems: tuple[dict[str, Path], dict[str, Path]] = {}, {}
@@ -356,10 +340,8 @@ def open_parts(
     seen = set(train.labels)
     empty = [name for label, name in enumerate(train.classes) if label not in seen]
     if empty and not unlabelled:
-        names = ", ".join(map(repr, empty[:3]))
-        raise SourceError(
-            f"there is no image of class {names} to train on in {train.description}; add some, or remove it"
-        )
+        what = f"there is no image of class {', '.join(map(repr, empty[:3]))} to train on in {train.description}"
+        raise SourceError(f"{what}; add some, or remove it")
     if validation is None and train.has_val:
         other = opened(str(reference), part="val")
     elif validation == "test" and isinstance(reference, str):
@@ -378,17 +360,15 @@ def open_parts(
             if not 0 < fraction < 1:
                 raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or data")
             kept, held = split(train.labels, fraction, seed)
+            about = f"of {train.description}"
             if not held:
-                raise SourceError(
-                    f"a validation part of {fraction:g} of {train.description} would be empty; give a larger one"
-                )
-            about = f"of {train.description} (seed {seed})"
+                raise SourceError(f"a validation part of {fraction:g} {about} would be empty; give a larger one")
+            about += f" (seed {seed})"
             return train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}")
     if other.classes != train.classes and not unlabelled:
-        raise SourceError(
-            f"the classes to validate on ({', '.join(other.classes[:5])} …) are not those to train on "
-            f"({', '.join(train.classes[:5])} …); give data of the same classes"
-        )
+        theirs, own = (f"({', '.join(data.classes[:5])} …)" for data in (other, train))
+        what = f"the classes to validate on {theirs} are not those to train on {own}"
+        raise SourceError(f"{what}; give data of the same classes")
     return train, other
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,12 @@ class Batches:
         return sum(self.counts)
 
 
-def open_inputs(
-    opened: OpenedModel, given: UserData, count: int, seed: int = 0, memory_gib: float = 4.0
-) -> tuple[Batches, Batches]:
-    """Return batches of `count` samples, or of all there are, and the held-back ones.
+Parts: TypeAlias = tuple[Batches, Batches]
+"""Batches of as many samples as are asked for, or of all there are, and the held-back ones."""
+
+
+def open_inputs(opened: OpenedModel, given: UserData, count: int, seed: int = 0, memory_gib: float = 4.0) -> Parts:
+    """Return batches of `count` samples, and the held-back ones.
 
     Samples that can be chosen are drawn by the seed; batches are taken in their order, and kept in memory, up to its
     limit. Raises SourceError for data that gives nothing, or nothing that the network takes.
@@ -75,10 +77,8 @@ def open_inputs(
     if isinstance(data, _Rows) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
         return _chosen(model, data, given, count, seed)
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
-        raise SourceError(
-            f"data cannot be {type(data).__name__}: give a data reference, a tensor, a Dataset, an iterable of batches "
-            "or a function that returns one"
-        )
+        takes = "a data reference, a tensor, a Dataset, an iterable of batches or a function that returns one"
+        raise SourceError(f"data cannot be {type(data).__name__}: give {takes}")
     return _read(model, data, given, count, memory_gib)
 
 
@@ -106,39 +106,34 @@ def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
     return found
 
 
-def _chosen(
-    model: nn.Module, data: _Rows | Dataset[Any], given: UserData, count: int, seed: int
-) -> tuple[Batches, Batches]:
+def _chosen(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, count: int, seed: int) -> Parts:
     total = len(data)  # type: ignore[arg-type]  # a Dataset without a length is read in batches
     if not total:
         raise SourceError("the calibration data holds no samples")
     # Always the same ones are held back, whatever the seed and the number of others.
-    held = held_back_of(total, given)
-    back = 0 if len(held) == total else len(held)
-    rest = torch.randperm(total, generator=generator_for("held back")).tolist()[back:]
+    held, rest = held_back_of(total, given)
     shuffled = torch.randperm(len(rest), generator=generator_for(seed, "calibration")).tolist()
     chosen = [rest[number] for number in shuffled]
+    parts: list[tuple[Any, Sequence[int]]] = [(data, chosen[:count]), (data, held)]
     if isinstance(data, LabelledImages) and given.patches != Patches():
         # Patches that are held back are of other images.
-        patches, count = given.patches, given.patches.count or count
-        count = count if patches.size is not None else min(count, len(chosen))
-        back_count = len(held) if patches.size is None else given.held_back or len(held)
-        sources = [
-            patches_from(data.some(some, data.description), patches.size, number, patches.noise, drawn)
-            for some, number, drawn in ((chosen, count, seed), (held, back_count, 0))
-        ]
-        seen, others = (_grouped(model, one, given, range(len(one))) for one in sources)
-        return seen, replace(others, shared=not back)
-    return _grouped(model, data, given, chosen[:count]), replace(_grouped(model, data, given, held), shared=not back)
+        counts = given.patches.count or count, given.held_back or len(held)
+        if given.patches.size is None:
+            counts = min(counts[0], len(chosen)), len(held)
+        drawn = zip((chosen, held), counts, (seed, 0), strict=True)
+        patches = [patches_from(data.some(some, data.description), given.patches, *how) for some, *how in drawn]
+        parts = [(one, range(len(one))) for one in patches]
+    seen, others = (_grouped(model, source, given, numbers) for source, numbers in parts)
+    return seen, replace(others, shared=len(held) == total)
 
 
-def held_back_of(total: int, given: UserData) -> list[int]:
-    """Return the numbers of the samples that are held back, of a handful all: those are used for both."""
+def held_back_of(total: int, given: UserData) -> tuple[list[int], list[int]]:
+    """Return the numbers of the samples that are held back, and of the others; of a handful all are both."""
     # Any number of patches can be cut of a few images.
     many = given.held_back and given.patches.size is None
     back = min(given.held_back, total // 2) if many else min(HELD_BACK, total // 5)
     order = torch.randperm(total, generator=generator_for("held back")).tolist()
-    return order[:back] or order
+    return order[:back] or order, order[back:]
 
 
 def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indices: Sequence[int]) -> Batches:
@@ -151,10 +146,8 @@ def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indi
         try:
             batch = default_collate([data[index] for index in group])
         except (TypeError, RuntimeError) as error:
-            raise SourceError(
-                f"samples of {type(data).__name__} make no batch ({reason_of(error)}); give a DataLoader with a "
-                "collate_fn"
-            ) from None
+            what = f"samples of {type(data).__name__} make no batch ({reason_of(error)})"
+            raise SourceError(f"{what}; give a DataLoader with a collate_fn") from None
         if isinstance(data, LabelledImages):
             return placed(model, ([*batch[0]] if data.preprocessing.form == "image-list" else batch[0],))
         return placed(model, arguments_of(model, batch, given.inputs))
@@ -167,9 +160,7 @@ def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indi
     return Batches(tuple(map(len, groups)), partial(load, groups), about)
 
 
-def _read(
-    model: nn.Module, data: Iterable[Any], given: UserData, count: int, memory_gib: float
-) -> tuple[Batches, Batches]:
+def _read(model: nn.Module, data: Iterable[Any], given: UserData, count: int, memory_gib: float) -> Parts:
     kept: list[Inputs] = []
     held = used = back = 0
     limit = memory_gib * 2**30
@@ -186,19 +177,17 @@ def _read(
         else:
             used += samples_in(kept[-1])
         limit -= sum(tensor.nbytes for tensor in list_tensors(kept[-1]))
+    name = type(data).__name__
     if not kept:
-        raise SourceError(
-            f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted"
-        )
+        raise SourceError(f"the data ({name}) gives no batch; a generator that was read before is exhausted")
     if given.held_back:
         sums = list(accumulate(map(samples_in, kept)))
         back = min(back, sum(one <= sums[-1] / 2 for one in sums))
     if len(kept) == back:
-        # Too few to hold back so many.
-        back = 1 if len(kept) > 1 else 0
+        back = 1 if len(kept) > 1 else 0  # too few to hold back so many
 
     def batches_of(some: Sequence[Inputs]) -> Batches:
-        return Batches(tuple(map(samples_in, some)), some.__getitem__, f"a {type(data).__name__}")
+        return Batches(tuple(map(samples_in, some)), some.__getitem__, f"a {name}")
 
     held_back, others = replace(batches_of(kept[:back] or kept), shared=not back), kept[back:]
     above = sum(map(samples_in, others)) - count

@@ -1,7 +1,5 @@
 """What models are measured by: labelled images, pairs of images, masks, or functions of the user's."""
 
-import contextlib
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -9,9 +7,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -23,8 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
-from asymswap.data import datasets
-from asymswap.data.datasets import PIL_MODES, LabelledImages, open_data, read_picture, to_input
+from asymswap.data.datasets import PIL_MODES, LabelledImages, open_data, paired_files, read_picture, to_input
 from asymswap.data.references import PAIRED
 from asymswap.errors import AsymswapError, SourceError, call, listed, near_names, reason_of
 from asymswap.models.factories import found_callable
@@ -33,7 +30,7 @@ from asymswap.results.evaluate import Score
 from asymswap.results.records import read_provenance
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import ALONE, Team
-from asymswap.utils.inputs import placed
+from asymswap.utils.inputs import placed, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
@@ -150,15 +147,15 @@ class Predictions:
         return (Score("top-1", self.top1, "%"), *([Score("top-5", top5, "%")] if self.scores > 5 else []))
 
 
-def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor] | None, list[SourceError]]:
-    """Return a batch of the readable images with their numbers, None if there is none, and the errors of the others."""
+def _read(data: LabelledImages, numbers: Sequence[int]) -> tuple[list[Tensor], list[SourceError]]:
+    """Return a batch of the readable images with their numbers, empty if there is none, and the others' errors."""
     samples, errors = [], []
     for number in numbers:
         try:
             samples.append((number, *data[number]))
         except SourceError as error:
             errors.append(error)
-    return (default_collate(samples) if samples else None), errors
+    return (default_collate(samples) if samples else []), errors
 
 
 def predict(
@@ -174,8 +171,7 @@ def predict(
 ) -> Predictions:
     """Run the model in eval mode on the images or this process's share of them; `context` surrounds each forward pass.
 
-    Raises SourceError if there is no image or the model is no classifier of these classes, with `strict` also if an
-    image cannot be read.
+    Raises SourceError for no image, for no classifier of these classes, and if `strict` for an unreadable image.
     """
     if len(data) == 0:
         raise SourceError(f"there is nothing to evaluate on: {data.description}")
@@ -191,7 +187,7 @@ def predict(
             if errors and strict:
                 raise errors[0]
             unreadable += len(errors)
-            if readable is None:
+            if not readable:
                 continue
             numbers, images, labels = readable
             arguments = placed(model, (images,))
@@ -224,18 +220,25 @@ def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False
 
 
 def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
-    """Return the output if it is class scores for at least the data's classes; raise SourceError otherwise."""
+    """Return the class scores that an output holds, of at least the data's classes; raise SourceError otherwise."""
+    (found,) = all_scores(output, several=False)
+    scores, classes = found.shape[1], len(data.classes)
+    if scores < classes or (exact and scores > classes):
+        what = f"the model scores {scores} classes, but the data has {classes} ({data.description})"
+        raise SourceError(f"{what}; give data with the model's classes")
+    return found
+
+
+def all_scores(output: object, several: bool = True) -> list[Tensor]:
+    """Return a classifier's scores (N x classes), if `several` a tuple's, the main ones first; or raise SourceError."""
     if isinstance(output, Mapping):  # as transformers' classifiers return
         output = output.get("logits", output)
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise SourceError(f"the model returns {_shape(output)}, not images x class scores; give a classifier")
-    scores, classes = output.shape[1], len(data.classes)
-    if scores < classes or (exact and scores > classes):
-        raise SourceError(
-            f"the model scores {scores} classes, but the data has {classes} ({data.description}); give data with the "
-            "model's classes"
-        )
-    return output
+    found = output if several and isinstance(output, tuple) else (output,)
+    scores = [item for item in found if isinstance(item, Tensor)]
+    if not scores or any(item.ndim != 2 for item in scores):
+        what = sizes(tuple(scores)) or f"a {type(output).__name__}"
+        raise SourceError(f"the model returns {what}, not images x class scores; give a classifier")
+    return scores
 
 
 def known_classes(opened: OpenedModel) -> tuple[str, ...]:
@@ -258,14 +261,11 @@ def known_classes(opened: OpenedModel) -> tuple[str, ...]:
 def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
     """Raise SourceError if a class of the data has the name of a class of the model, but another number."""
     numbers = {name: number for number, name in enumerate(known)}
-    if len(numbers) != len(known):
-        return
-    for number, name in enumerate(data.classes):
+    for number, name in enumerate(data.classes if len(numbers) == len(known) else ()):
         if numbers.get(name, number) != number:
-            raise SourceError(
-                f"class {name!r} is number {number} of the data and number {numbers[name]} of the model "
-                f"({data.description}); name the data's classes so that they sort as the model's"
-            )
+            what = f"class {name!r} is number {number} of the data and number {numbers[name]} of the model"
+            advice = "name the data's classes so that they sort as the model's"
+            raise SourceError(f"{what} ({data.description}); {advice}")
 
 
 class Labelled(Evaluator):
@@ -299,20 +299,20 @@ class _Paired(Evaluator):
     SIZED = ""
 
     def __init__(
-        self, reference: str, known: Preprocessing, crop_border: int = 0, chosen: Sequence[int] | None = None
+        self, reference: str, known: Preprocessing, crop: int = 0, chosen: Sequence[int] | None = None
     ) -> None:
         # Opened for what it refuses: networks that do not take single images.
         opened = open_data(reference, known, "test", unlabelled=True)
-        self.known, self.crop = opened.preprocessing, crop_border
+        self.known, self.crop = opened.preprocessing, crop
         self.inputs = opened.description if chosen is None else ""
         self.mode = PIL_MODES[known.channels]
-        pairs = datasets.paired_files(reference)
+        pairs = paired_files(reference)
         self.pairs = pairs if chosen is None else [pairs[number] for number in chosen]
         self.images = len(self.pairs)
         self.description = f"{reference}, {self.images} images" + self.SIZED
-        self.description += f", without {crop_border} pixels at each border" if crop_border else ""
-        sizes = [(path.name, path.stat().st_size) for pair in self.pairs for path in pair]
-        self.fingerprint = _hash((sizes, crop_border))
+        self.description += f", without {crop} pixels at each border" if crop else ""
+        files = [(path.name, path.stat().st_size) for pair in self.pairs for path in pair]
+        self.fingerprint = _hash((files, crop))
 
     def outputs(self, model: nn.Module, steps: list[Any], progress: Steps) -> Iterator[tuple[Any, Path, Path]]:
         """Yield what the model returns for each image, in batches of one, and the paths of the pair."""
@@ -333,7 +333,7 @@ class _Paired(Evaluator):
 
 
 def _shape(value: Any) -> str:
-    return "x".join(map(str, value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return sizes((value,)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 _SSIM_WINDOW = 11
@@ -343,8 +343,7 @@ _MOST_DB = 100.0  # PSNR of an image without any error, which would be infinite
 class Pairs(_Paired):
     """PSNR and SSIM of a network from images to images, on values from 0 to 1; each image at its own size.
 
-    The output is taken to be normalised as the input is, and is clamped to 0 to 1. SSIM: Wang et al., 2004, by
-    torchmetrics.
+    Outputs are taken to be normalised as inputs, and are clamped to 0 to 1. SSIM: Wang et al., 2004, by torchmetrics.
     """
 
     SIZED = ", each at its own size"
@@ -392,10 +391,9 @@ class Masks(_Paired):
         for output, _, place in self.outputs(model, [v2.Resize(list(self.known.size))], progress):
             scores = output.get("out") if isinstance(output, Mapping) else output
             if not isinstance(scores, Tensor) or scores.ndim != 4 or scores.shape[1] < 2:
-                raise SourceError(
-                    f"the model returns {_shape(scores)}, not scores of two classes or more for every pixel (N x C x H "
-                    "x W, or a dict with them as 'out'); measure it by a function of your own"
-                )
+                what = f"the model returns {_shape(scores)}, not scores of two classes or more for every pixel"
+                form = "N x C x H x W, or a dict with them as 'out'"
+                raise SourceError(f"{what} ({form}); measure it by a function of your own")
             numbers = np.asarray(read_picture(place, None))
             if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
                 raise SourceError(f"mask '{place}' holds colours; give one of class numbers, grey or with a palette")
@@ -458,7 +456,7 @@ class Own(Evaluator):
 def _source(function: Callable[..., Any]) -> str:
     """Return the text of the function's file, as far as there is one."""
     function = inspect.unwrap(function)
-    with contextlib.suppress(TypeError, OSError, UnicodeDecodeError):
+    with suppress(TypeError, OSError, UnicodeDecodeError):
         path = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
         return Path(path or "").read_text(encoding="utf-8")
     return ""
@@ -476,9 +474,9 @@ def read_metric(reference: str) -> Metric:
         module = sys.modules.get(getattr(function, "__module__", ""))
     beside = vars(module) if module is not None else {}
 
-    @functools.wraps(function, updated=())  # which says where its source is
+    @wraps(function, updated=())  # which says where its source is
     def quiet(model: nn.Module) -> Any:
-        with contextlib.redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):
             return function(model)
 
     metric = Metric(quiet, beside.get("LOWER_IS_BETTER", ()), name)

@@ -11,10 +11,11 @@ normalisation is the mean over channels and over the first batch norms. Measurem
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from asymswap.models import preprocessing as pre
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Preprocessing, Size
 from asymswap.utils.inputs import placed
-from asymswap.utils.tensors import eval_mode, seeded
+from asymswap.utils.tensors import eval_mode, hooked, seeded
 
 _NORMS = 4  # later batch norms say less: differences from the training images add up from layer to layer
 _IMAGES, _PIXELS = 64, 2**21  # how much to look at: fewer images if they are large
@@ -36,6 +37,7 @@ _CLEARLY = 2.0  # the best one wins if every other that is not alike is at least
 _PRECISELY = 3.0  # of those alike the most usual is taken, unless it is this many times farther away than the best
 _WRONG = 0.02  # a given one is wrong if the best is `_PRECISELY` times nearer, and by at least this distance
 _OWN = "its own"
+_Warnings: TypeAlias = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,13 @@ def settle(opened: OpenedModel, reference: str, part: Part, download: bool = Fal
     # What was settled when a file was converted holds for what comes after.
     if data.as_they_are and known.normalization_from not in ("given", "file"):
         known = pre.with_normalization(known, plain, "images")
-        warnings = (
-            f"{label} is fed the tensors of {reference} as they are: give `PreprocessingOptions(normalize=…)` if they "
-            "are to be normalised",
-            *warnings,
-        )
+        advice = "give `PreprocessingOptions(normalize=…)` if they are to be normalised"
+        warnings = (f"{label} is fed the tensors of {reference} as they are: {advice}", *warnings)
     pixels = pre.with_normalization(known, plain, known.normalization_from)
     # Some data is never cropped.
     data = replace(data, preprocessing=replace(pixels, resize=data.preprocessing.resize and pixels.resize))
-    count, images = max(8, min(_IMAGES, _PIXELS // math.prod(known.size))), list[Tensor]()
-    for index in order:
-        with contextlib.suppress(SourceError):
-            images.append(data[index][0])
-        if len(images) == count:
-            break
+    count = max(8, min(_IMAGES, _PIXELS // math.prod(known.size)))
+    images = [image for image, _ in itertools.islice(_readable(data.__getitem__, order), count)]
     answer = _ask(opened.model, known, images, label)
     pairs = reference.startswith("pairs:")
     if known.normalization_from == "assumed":
@@ -86,32 +81,35 @@ def settle(opened: OpenedModel, reference: str, part: Part, download: bool = Fal
     return replace(opened, preprocessing=known, fed=fed, fed_warnings=(*decided, *warnings))
 
 
-def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> tuple[Preprocessing, tuple[str, ...]]:
+def _readable(read: Callable[[int], Any], order: Sequence[int]) -> Iterator[Any]:
+    for index in order:
+        with contextlib.suppress(SourceError):
+            yield read(index)
+
+
+def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> tuple[Preprocessing, _Warnings]:
     """Return the preprocessing with the size of the input, and a warning if the size is a guess."""
     if known.size_from not in ("assumed", "family"):
         return known, ()
     sizes: set[Size] = set()
-    for index in order[:_IMAGES]:
-        with contextlib.suppress(SourceError):
-            height, width = v2.functional.get_size(data.picture(index))
-            sizes.add((height, width))
+    for picture in _readable(data.picture, order[:_IMAGES]):
+        height, width = v2.functional.get_size(picture)
+        sizes.add((height, width))
         if len(sizes) > 1:
             break
     native = sizes.pop() if len(sizes) == 1 else None
-    if known.size_from == "family":
-        if native is None or not 2 * max(native) <= min(known.size):
-            return known, ()
-        size = f"{native[0]}x{native[1]}"
-        return known, (
-            f"the images of {size} are enlarged to {known.describe()}, as networks of this family take them: give "
-            f"`input_size={known.channels}x{size}` if this one was trained on them as they are",
-        )
     if native is None:
         return known, pre.size_warning(known)
+    if known.size_from == "family":
+        if 2 * max(native) > min(known.size):
+            return known, ()
+        size = f"{native[0]}x{native[1]}"
+        what = f"the images of {size} are enlarged to {known.describe()}, as networks of this family take them"
+        advice = f"give `input_size={known.channels}x{size}` if this one was trained on them as they are"
+        return known, (f"{what}: {advice}",)
     sized = replace(known, size=native, resize=None, size_from="images")
-    return sized, (
-        f"input {sized.describe()} is the size of the images, for nobody said another: give `input_size=…` for another",
-    )
+    what = f"input {sized.describe()} is the size of the images, for nobody said another"
+    return sized, (f"{what}: give `input_size=…` for another",)
 
 
 def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label: str) -> _Answer:
@@ -123,7 +121,7 @@ def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label:
         candidates = {_OWN: pre.Normalization(known.mean, known.std, known.bgr)} | candidates
     try:
         _run(model, _normalized(images[:1], candidates[own]))
-        norms = [module for module in model.modules() if _keeps_statistics(module)]
+        norms = [name for name, module in model.named_modules() if _keeps_statistics(module)]
         if not norms:
             return _Answer({}, silence="it has no batch norm with statistics of its training")
         if known.normalization_from != "assumed":
@@ -134,9 +132,8 @@ def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label:
         seen = {name: _distances(model, norms, _normalized(images, how)) for name, how in candidates.items()}
     except Exception as error:
         # The network's own code may raise anything for an input that it does not take.
-        raise TraceError(
-            f"{label} does not run on images of {known.describe()}: {reason_of(error)}; give another `input_size=…`"
-        ) from error
+        what = f"{label} does not run on images of {known.describe()}: {reason_of(error)}"
+        raise TraceError(f"{what}; give another `input_size=…`") from error
     rows = list(zip(*seen.values(), strict=False))
     # A batch norm whose input does not depend on the image says nothing.
     telling = [number for number, row in enumerate(rows) if max(row) - min(row) > 1e-3]
@@ -169,29 +166,24 @@ class _EnoughError(Exception):
     """Ends a forward pass after the last batch norm that is needed."""
 
 
-def _distances(model: nn.Module, norms: Sequence[nn.Module], images: Tensor) -> list[float]:
+def _distances(model: nn.Module, norms: Sequence[str], images: Tensor) -> list[float]:
     """Return the distances at the first calls of batch norms, in order."""
     calls: list[tuple[Any, Tensor, Tensor]] = []
 
-    def see(module: nn.Module, args: Any) -> None:
+    def see(name: str, args: Any, _: Any) -> None:
         got = args[0].detach().double() if args[0].device.type == "cpu" else args[0].detach().float()
         every = [dim for dim in range(got.dim()) if dim != 1]
-        calls.append((module, got.mean(every) * share, got.square().mean(every) * share))
+        calls.append((model.get_submodule(name), got.mean(every) * share, got.square().mean(every) * share))
         if len(calls) == _NORMS:
             raise _EnoughError
 
-    batches = []
-    handles = [module.register_forward_pre_hook(see) for module in norms]
-    try:
+    batches, distances = [], []
+    with hooked(model, norms, before=see):
         for batch in images.split(max(1, _PIXELS // 8 // images[0, 0].numel())):
             share, calls = len(batch) / len(images), []
             with contextlib.suppress(_EnoughError):
                 _run(model, batch)
             batches.append(calls)
-    finally:
-        for handle in handles:
-            handle.remove()
-    distances = []
     for column in zip(*batches, strict=False):
         (norm, *_), means, squares = zip(*column, strict=True)
         mean, square, epsilon = sum(means), sum(squares), float(getattr(norm, "eps", 1e-5))
@@ -213,9 +205,7 @@ def _normalized(images: Tensor, how: pre.Normalization) -> Tensor:
     return ((images.flip(1) if how.bgr else images) - mean) / std
 
 
-def _decide(
-    known: Preprocessing, answer: _Answer, label: str, pairs: str | None
-) -> tuple[Preprocessing, tuple[str, ...]]:
+def _decide(known: Preprocessing, answer: _Answer, label: str, pairs: str | None) -> tuple[Preprocessing, _Warnings]:
     """Return the preprocessing with what clearly fits best, and a warning; if nothing, `pairs` stay as they are."""
     distances, doubt = answer.distances, answer.silence
     if not doubt:
@@ -231,14 +221,11 @@ def _decide(
             f"{label} is fed the pixels, 0 to 1, of {pairs} as they are: give `normalize=…` if it takes others",
         )
     if doubt:
-        raise SourceError(
-            f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt}): give "
-            f"`PreprocessingOptions(normalize=…)` ({', '.join(list(pre.usual(known.channels))[:3])} …), or `mean=…` "
-            "and `std=…`"
-        )
-    # The most usual first.
+        what = f"nobody said how images are normalised for {label}, and it cannot be found out ({doubt})"
+        names = ", ".join(list(pre.usual(known.channels))[:3])
+        raise SourceError(f"{what}: give `PreprocessingOptions(normalize=…)` ({names} …), or `mean=…` and `std=…`")
     limit = _PRECISELY * distances[best]
-    taken = next(name for name in distances if name in answer.alike and distances[name] <= limit)
+    taken = next(name for name in distances if name in answer.alike and distances[name] <= limit)  # the most usual
     settled = pre.with_normalization(known, pre.usual(known.channels)[taken], "asked")
     same = [name for name in distances if name in answer.alike and name != taken]
     nearly = f"; {', '.join(same)} would be nearly the same" if same else ""
@@ -249,17 +236,13 @@ def _decide(
     )
 
 
-def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str, ...]:
+def _objections(known: Preprocessing, answer: _Answer, label: str) -> _Warnings:
     """Return a warning if the batch norms contradict a known normalisation, or cannot confirm a guess."""
     distances, own = answer.distances, pre.name_of(known) or _OWN
     fed_as = f"{label} is fed images normalised as {_named(known)}"
     if not distances:
-        if known.normalization_from != "family":
-            return ()
-        return (
-            f"{fed_as}, which is usual in its family, but cannot be checked ({answer.silence}): give `normalize=…` to "
-            "settle it",
-        )
+        what = f"{fed_as}, which is usual in its family, but cannot be checked ({answer.silence})"
+        return (f"{what}: give `normalize=…` to settle it",) if known.normalization_from == "family" else ()
     best = min(distances, key=distances.__getitem__)
     beaten = distances[own] >= max(_PRECISELY * distances[best], distances[best] + _WRONG)
     if own in answer.alike or not beaten or distances[best] > _FITS:
@@ -270,11 +253,10 @@ def _objections(known: Preprocessing, answer: _Answer, label: str) -> tuple[str,
         "family": "as is usual in its family",
         "weights": "as its weights say",
     }
-    return (
-        f"{fed_as}, {origins.get(known.normalization_from, 'as its file says')}, but the statistics in its batch norms "
-        f"fit {best} better (distance {distances[best]:.3f} instead of {distances[own]:.3f}, 0 is best): try "
-        f'`normalize="{best}"`',
-    )
+    what = f"{fed_as}, {origins.get(known.normalization_from, 'as its file says')}"
+    figures = f"distance {distances[best]:.3f} instead of {distances[own]:.3f}, 0 is best"
+    fits = f"the statistics in its batch norms fit {best} better ({figures})"
+    return (f'{what}, but {fits}: try `normalize="{best}"`',)
 
 
 def _named(preprocessing: Preprocessing) -> str:

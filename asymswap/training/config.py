@@ -21,10 +21,10 @@ _ABOVE_ZERO = ("epochs", "steps", "batch_size", "accumulate", "lr", "clip", "tem
 _NOT_BELOW_ZERO = ("momentum", "weight_decay", "offset_lr_scale", "warmup", "distill_features", "workers")
 _FRACTIONS = ("label_smoothing", "ema", "distill_weight", "warmup", "momentum")
 _FREE = ("workers", "save_every", "channels_last", "deterministic")  # they change the speed of a run, not its result
-_LEARNING_RATES = {"adamw": 1e-3, "sgd": 0.02}
-_WEIGHT_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
+EPOCHS = 10  # by default
+_LEARNING_RATES, _WEIGHT_DECAYS = {"adamw": 1e-3, "sgd": 0.02}, {"adamw": 0.01, "sgd": 5e-4}
 
-_LENGTH, _IMAGES, _TEACHER, _RESULT = "How long, and how", "Images", "Distillation", "Result"
+_HOW, _IMAGES, _TEACHER, _RESULT = "How long, and how", "Images", "Distillation", "Result"
 
 
 # No `from __future__ import annotations` here: the command line needs the types of the fields.
@@ -43,29 +43,27 @@ class Training:
     Several processes share the statistics of batch norms on GPUs; without GPUs each keeps its own.
     """
 
-    epochs: int | None = option(None, "Number of epochs.", _LENGTH, shown="10")
-    steps: int | None = option(None, "Number of steps, instead of epochs.", _LENGTH)
-    batch_size: int | None = option(None, "Images per forward pass and process.", _LENGTH, shown="128")
-    accumulate: int = option(1, "Forward passes per step.", _LENGTH)
-    optimizer: str = option("adamw", "Optimizer: adamw or sgd.", _LENGTH)
-    lr: float | None = option(None, "The highest learning rate.", _LENGTH, shown="0.001 (adamw), 0.02 (sgd)")
-    momentum: float = option(0.9, "SGD momentum.", _LENGTH)
+    epochs: int | None = option(None, "Number of epochs.", _HOW, shown="10")
+    steps: int | None = option(None, "Number of steps, instead of epochs.", _HOW)
+    batch_size: int | None = option(None, "Images per forward pass and process.", _HOW, shown="128")
+    accumulate: int = option(1, "Forward passes per step.", _HOW)
+    optimizer: str = option("adamw", "Optimizer: adamw or sgd.", _HOW)
+    lr: float | None = option(None, "The highest learning rate.", _HOW, shown="0.001 (adamw), 0.02 (sgd)")
+    momentum: float = option(0.9, "SGD momentum.", _HOW)
     weight_decay: float | None = option(
-        None, "Weight decay, except of batch norms, biases and offsets.", _LENGTH, shown="0.01 (adamw), 0.0005 (sgd)"
+        None, "Weight decay, except of batch norms, biases and offsets.", _HOW, shown="0.01 (adamw), 0.0005 (sgd)"
     )
-    offset_lr_scale: float = option(0.1, "Learning rate of offsets, relative to the others.", _LENGTH)
-    schedule: str = option("cosine", "Learning rate schedule: cosine or constant.", _LENGTH)
-    warmup: float = option(0.05, "Fraction of the steps in which the learning rate rises.", _LENGTH)
-    clip: float | None = option(None, "Maximum norm of the gradient.", _LENGTH)
-    label_smoothing: float = option(0.0, "Label smoothing; 0.1 is usual.", _LENGTH)
-    precision: str = option("fp32", "Precision: fp32, bf16 or fp16.", _LENGTH)
-    ema: float | None = option(None, "Decay of a moving average of the weights, which is kept.", _LENGTH)
-    train: str = option(
-        "all", "What to train: all, new (what a conversion has added) or bn (the batch norms).", _LENGTH
-    )
-    freeze_bn: bool = option(False, "Freeze the running statistics of batch norms.", _LENGTH)
-    patience: int | None = option(None, "Stop after this number of epochs without improvement.", _LENGTH)
-    seed: int = option(0, "Random seed.", _LENGTH)
+    offset_lr_scale: float = option(0.1, "Learning rate of offsets, relative to the others.", _HOW)
+    schedule: str = option("cosine", "Learning rate schedule: cosine or constant.", _HOW)
+    warmup: float = option(0.05, "Fraction of the steps in which the learning rate rises.", _HOW)
+    clip: float | None = option(None, "Maximum norm of the gradient.", _HOW)
+    label_smoothing: float = option(0.0, "Label smoothing; 0.1 is usual.", _HOW)
+    precision: str = option("fp32", "Precision: fp32, bf16 or fp16.", _HOW)
+    ema: float | None = option(None, "Decay of a moving average of the weights, which is kept.", _HOW)
+    train: str = option("all", "What to train: all, new (what a conversion has added) or bn (the batch norms).", _HOW)
+    freeze_bn: bool = option(False, "Freeze the running statistics of batch norms.", _HOW)
+    patience: int | None = option(None, "Stop after this number of epochs without improvement.", _HOW)
+    seed: int = option(0, "Random seed.", _HOW)
     augment: tuple[str, ...] | None = option(
         None,
         "Augmentation: none, flip, crop, flip-crop or randaugment; add ,mixup or ,cutmix for whole batches.",
@@ -109,11 +107,6 @@ class Training:
             raise AsymswapError(f"`distill_features={self.distill_features:g}` needs a teacher: add `distill=…`")
 
     @property
-    def length(self) -> tuple[int | None, int | None]:
-        """Epochs and steps, one of which is a number."""
-        return (10, None) if self.epochs is None and self.steps is None else (self.epochs, self.steps)
-
-    @property
     def batch(self) -> int:
         return 128 if self.batch_size is None else self.batch_size
 
@@ -126,11 +119,10 @@ class Training:
         return _WEIGHT_DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings on which the result depends, as plain data."""
+        """Return the settings on which the result depends, with their defaults."""
         plain = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FREE}
-        plain["epochs"], plain["steps"] = self.length
-        plain["lr"], plain["weight_decay"], plain["batch_size"] = self.base_lr, self.decay, self.batch
-        return plain | {"augment": None if self.augment is None else list(self.augment)}
+        plain["epochs"] = self.epochs if self.steps else self.epochs or EPOCHS
+        return plain | {"lr": self.base_lr, "weight_decay": self.decay, "batch_size": self.batch}
 
 
 def check_same(given: Mapping[str, Any], stored: Mapping[str, Any], folder: object) -> None:
@@ -141,9 +133,8 @@ def check_same(given: Mapping[str, Any], stored: Mapping[str, Any], folder: obje
     differing = [name for name in names if given.get(name) != stored.get(name)]
     if differing:
         listed = ", ".join(f"`{name}={given.get(name)}` (was {stored.get(name)})" for name in differing)
-        raise AsymswapError(
-            f"{folder} was begun with other settings: {listed}; resume it with the same ones, or `force=True`"
-        )
+        what = f"{folder} was begun with other settings: {listed}"
+        raise AsymswapError(f"{what}; resume it with the same ones, or `force=True`")
 
 
 class Callback:

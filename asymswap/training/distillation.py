@@ -89,10 +89,9 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
     if not whole and builders.canonical(origin) is None:
         # Code that a file names is not run; what the user names is.
         raise SourceError(f"the original was built by {origin}, which is code of yours; {_GIVE}")
-    recorded = None
-    if report.model.sha256:
-        recorded = (report.files[0].path if report.files else None) or reference
-    if whole and (recorded is None or reference != recorded):
+    stored = report.files[0].path if report.files else None
+    recorded = (stored or reference) if report.model.sha256 else None
+    if whole and reference != recorded:
         # The class of a module that was saved as a whole: by itself it names nothing to open.
         raise SourceError(f"the checkpoint does not say which file it was made from; {_GIVE}")
     if recorded is not None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from asymswap.data.batches import Batch, Source, to_device
 from asymswap.data.datasets import LabelledImages
-from asymswap.data.metrics import EvaluatedBy, Own, predict
+from asymswap.data.metrics import EvaluatedBy, Own, all_scores, predict
 from asymswap.errors import SourceError, call
 from asymswap.measure.fidelity import caught, difference, feature_error
 from asymswap.results.evaluate import Score
@@ -25,7 +25,7 @@ from asymswap.results.finetune import Scores
 from asymswap.training.config import Training
 from asymswap.training.distillation import Teacher
 from asymswap.utils.distributed import Team
-from asymswap.utils.inputs import arguments_of, sizes
+from asymswap.utils.inputs import arguments_of, copied, sizes
 from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors, meta_copy, seed_, to_meta
 
 _COMPARABLE = (
@@ -65,8 +65,7 @@ class Objective:
         blocks = teacher.blocks if teacher is not None and settings.distill_features else {}
         if teacher is not None:
             with torch.no_grad(), caught(teacher.model, blocks.values()) as taught:
-                # Copies: a model may change its input in place.
-                target = self._run(teacher.model, map_tensors(arguments, Tensor.clone))
+                target = self._run(teacher.model, copied(arguments))
         with caught(student, blocks) as learned:
             output = self._run(runner, arguments)
         alone = not self.labels and self.by_user is None
@@ -95,10 +94,8 @@ class Objective:
         return call(f"the network, given {sizes(arguments) or 'no tensor'},", model, *arguments)
 
     def _by_labels(self, output: object, labels: Tensor) -> Tensor:
-        main, *auxiliary = (
-            F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.label_smoothing, reduction="sum")
-            for scores in all_scores(output)
-        )
+        given: dict[str, Any] = {"label_smoothing": self.settings.label_smoothing, "reduction": "sum"}
+        main, *auxiliary = (F.cross_entropy(scores.float(), labels, **given) for scores in all_scores(output))
         return main + _AUXILIARY * sum(auxiliary)
 
     def _by_scores(self, taught: object, output: object) -> Tensor:
@@ -116,21 +113,24 @@ class Objective:
         hint = "; here a batch is one tensor, without labels" if isinstance(content, Tensor) else ""
         found = call("`loss=…`", self.by_user, output, content, hint=hint)
         if not isinstance(found, Tensor) or found.numel() != 1:
-            shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
-            what = f"a {type(found).__name__}{shape}"
-            raise SourceError(f"`loss=…` gave {what}; it must return one number as a tensor, such as a mean")
+            what = type(found).__name__ + (f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "")
+            raise SourceError(f"`loss=…` gave a {what}; it must return one number as a tensor, such as a mean")
         return check_gradient(found.reshape(()), "`loss=…` gave a number that")
 
-    def trains_in_eval_mode(self, student: nn.Module, batch: Batch) -> bool:
+    def trains_in_eval_mode(self, student: nn.Module, source: Source) -> bool:
         """Return True for a student, such as a detector, whose outputs are those of the teacher in eval mode only."""
-        assert self.teacher is not None
+        if self.teacher is None or self.labels or self.by_user is not None:
+            return False
+        with closing(source.groups(0, 0)) as groups:
+            (batch, *_), _ = next(groups)
+        batch = to_device(batch, next(student.parameters()).device)
         arguments = map_tensors(arguments_of(student, batch.content, self.inputs), self._formatted)
         probed, reason = deep_copy(student), ""
         with torch.no_grad():
-            target = self._run(self.teacher.model, map_tensors(arguments, Tensor.clone))
+            target = self._run(self.teacher.model, copied(arguments))
             for training in (True, False):
                 try:
-                    output_error(target, self._run(probed.train(training), map_tensors(arguments, Tensor.clone)))
+                    output_error(target, self._run(probed.train(training), copied(arguments)))
                     if not training:
                         # Boxes that are chosen by their scores are no pairs, even of one number; this fails for them.
                         self._run(meta_copy(probed), to_meta(arguments))
@@ -144,10 +144,8 @@ class Objective:
 def check_gradient(loss: Tensor, what: str) -> Tensor:
     """Return the loss; raise SourceError where it has no gradient."""
     if torch.is_grad_enabled() and not loss.requires_grad:
-        raise SourceError(
-            f"{what} does not depend on the trained weights (it has no gradient): compute it from the network's "
-            "outputs, without .item(), .detach() or NumPy"
-        )
+        advice = "compute it from the network's outputs, without .item(), .detach() or NumPy"
+        raise SourceError(f"{what} does not depend on the trained weights (it has no gradient): {advice}")
     return loss
 
 
@@ -155,10 +153,8 @@ def output_error(target: object, output: object) -> Tensor:
     """Return the mean over all floating-point outputs of the squared difference relative to the teacher's squares."""
     pair = [[tensor for tensor in list_tensors(value) if tensor.is_floating_point()] for value in (target, output)]
     if [tensor.shape for tensor in pair[0]] != [tensor.shape for tensor in pair[1]] or not pair[0]:
-        theirs, own = (sizes(tuple(tensors)) or "no tensor" for tensors in pair)
-        raise SourceError(
-            f"the teacher returns {theirs} and the trained network {own}, which cannot be compared{_COMPARABLE}"
-        )
+        what = "the teacher returns {} and the trained network {}, which cannot be compared"
+        raise SourceError(what.format(*(sizes(tuple(tensors)) or "no tensor" for tensors in pair)) + _COMPARABLE)
     errors = [difference(one, other) for one, other in zip(*pair, strict=True)]
     return check_gradient(torch.stack(errors).mean(), "the difference from the teacher")
 
@@ -167,16 +163,6 @@ def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tens
     """Return the KL divergence of class probabilities at a temperature, times its square, summed over the images."""
     target, given = (F.log_softmax(scores.float() / temperature, 1) for scores in (target_NC, scores_NC))
     return F.kl_div(given, target, reduction="sum", log_target=True) * temperature**2
-
-
-def all_scores(output: object) -> list[Tensor]:
-    """Return a classifier's scores (N x classes) in train mode, the main ones first, or raise SourceError."""
-    found = output if isinstance(output, tuple) else (output,)
-    scores = [item for item in found if isinstance(item, Tensor)]
-    if not scores or any(item.ndim != 2 for item in scores):
-        what = sizes(tuple(scores)) or f"a {type(output).__name__}"
-        raise SourceError(f"the model returns {what}, not images x class scores; give a classifier")
-    return scores
 
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -197,10 +183,10 @@ class Validator:
 
 def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validator:
     """Validate a classifier by its loss and top-1."""
-    options: dict[str, Any] = {"workers": settings.workers or 0, "strict": settings.strict, "team": team}
+    options: dict[str, Any] = {"batch_size": 2 * settings.batch, "workers": settings.workers or 0, "team": team}
 
     def measure(model: nn.Module, context: Context) -> Scores:
-        found = predict(model, images, batch_size=2 * settings.batch, context=context, **options)
+        found = predict(model, images, strict=settings.strict, context=context, **options)
         sums = torch.tensor([float(found.losses.sum()), found.correct, len(found)], dtype=torch.float64)
         loss, correct, seen = team.sum(sums).tolist()
         return {"loss": loss / max(1.0, seen), "top1": correct / max(1.0, seen)}
@@ -228,13 +214,13 @@ def by_user(evaluate: EvaluatedBy, team: Team, seed: int) -> Validator:
     """Validate by the user's function or `Metric`, which the first process alone calls."""
     metric, lower = Own(evaluate), set[str]()
 
-    def scores(model: nn.Module, context: Context) -> tuple[Score, ...]:
-        seed_(seed, "validate")
-        with torch.no_grad(), context():
-            return metric(model, lambda *_: None)
-
     def measure(model: nn.Module, context: Context) -> Scores:
-        found = team.first(lambda: scores(model, context))
+        def scores() -> tuple[Score, ...]:
+            seed_(seed, "validate")
+            with torch.no_grad(), context():
+                return metric(model, lambda *_: None)
+
+        found = team.first(scores)
         lower.update(score.name for score in found if score.lower_is_better)
         return {score.name: score.value for score in found}
 

@@ -59,10 +59,9 @@ class RunFolder:
             rows = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
         except OSError as error:
             raise OutputError(f"cannot write to the run's folder {self.folder}: {error.strerror or error}") from None
-        lines = [line for line in rows if _step_of(line) <= step] if step else []
-        if not lines:
-            lines = [json.dumps({"event": "start", "step": 0, "settings": identity})]
-        write_file(self.metrics, "".join(f"{line}\n" for line in lines))
+        start = json.dumps({"event": "start", "step": 0, "settings": identity})
+        kept = [line for line in rows if _step_of(line) <= step] if step else []
+        write_file(self.metrics, "".join(f"{line}\n" for line in kept or [start]))
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -120,9 +119,8 @@ def check_folder(folder: RunFolder, resume: bool, force: bool) -> None:
     if folder.folder.exists() and not folder.folder.is_dir():
         raise OutputError(f"{folder.folder} is a file; the run needs a folder of that name, give another as `run=…`")
     if folder.exists and not resume and not force:
-        raise AsymswapError(
-            f"there is a run in {folder.folder} already; continue it with `resume=True`, {_AGAIN}, or give another"
-        )
+        advice = f"continue it with `resume=True`, {_AGAIN}, or give another"
+        raise AsymswapError(f"there is a run in {folder.folder} already; {advice}")
 
 
 def _hash(state: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from asymswap.data.batches import Batch, Source, to_device
 from asymswap.errors import AsymswapError, reason_of
 from asymswap.replacements.predicted_offset import PredictorConv2d
 from asymswap.results.finetune import EpochRow, RunStart, Scores, StepRow
-from asymswap.training.config import Callback, Training, check_same
+from asymswap.training.config import EPOCHS, Callback, Training, check_same
 from asymswap.training.objective import Objective, Validator, check_gradient
 from asymswap.training.run_folder import RunFolder
 from asymswap.utils.distributed import Team
@@ -53,11 +53,6 @@ class Progress:
     last: Scores | None = None
     stale: int = 0
     done: bool = False
-
-    def scores(self, labels: bool) -> Scores:
-        """Return the scores on the images of this epoch so far, top-1 too where they have `labels`."""
-        sums = {"loss": self.loss, "top1": self.correct} if labels else {"loss": self.loss}
-        return {name: value / max(1.0, self.seen) for name, value in sums.items()}
 
 
 @dataclass
@@ -92,8 +87,7 @@ class Trainer:
             raw = raw.to(memory_format=torch.channels_last)
         if team.size > 1 and device.type == "cuda":
             raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
-        self.raw = raw
-        self._frozen_norms = choose_trained_(raw, settings, self.replacements)
+        self.raw, self._frozen_norms = raw, choose_trained_(raw, settings, self.replacements)
         norms = sum(isinstance(module, _BatchNorm) for module in raw.modules())
         apart = team.size > 1 and device.type != "cuda" and norms > len(self._frozen_norms)
         self.notes = [*source.notes, *([_NOT_SHARED] if apart else [])]
@@ -106,10 +100,8 @@ class Trainer:
         self._parts["scaler"] = self.accelerator.scaler
         if self.objective.teacher is not None:
             self.objective.teacher.model.to(device).to(memory_format=torch.channels_last)
-        epochs, steps = settings.length
-        self.steps = steps if steps is not None else int(epochs or 0) * source.steps
-        self.epochs = -(-self.steps // source.steps)
-        self._pending = torch.zeros(3, device=device)
+        self.steps = settings.steps or (settings.epochs or EPOCHS) * source.steps
+        self._pending, self._rate = torch.zeros(3, device=device), 0.0
         self._look_every = 1 if device.type == "cpu" else _LOOK_ON_GPU
 
     def run(self, resume: bool) -> Progress:
@@ -127,17 +119,12 @@ class Trainer:
                 if folder is not None:
                     # All wait for the first: the others would else begin to train for a run that cannot be written.
                     self.team.first(lambda: folder.begin(progress.step, self.identity))
-                objective, self._eval_mode = self.objective, False
-                if objective.teacher is not None and not objective.labels and objective.by_user is None:
-                    with closing(self.source.groups(0, 0)) as groups:
-                        (batch, *_), _ = next(groups)
-                    batch = to_device(batch, self.accelerator.device)
-                    self._eval_mode = objective.trains_in_eval_mode(self.raw, batch)
-                    self.notes += [_IN_EVAL_MODE] if self._eval_mode else []
+                self._eval_mode = self.objective.trains_in_eval_mode(self.raw, self.source)
+                self.notes += [_IN_EVAL_MODE] if self._eval_mode else []
                 if progress.before is None:
                     progress.before = self._validate(self.raw)
-                note = "; ".join(self.notes)
-                self.callback.begin(RunStart(self.epochs, self.steps, progress.step, progress.before, note))
+                epochs, note = -(-self.steps // self.source.steps), "; ".join(self.notes)
+                self.callback.begin(RunStart(epochs, self.steps, progress.step, progress.before, note))
                 while not progress.done:
                     self._epoch()
             except (RuntimeError, MemoryError, ValueError) as error:
@@ -145,7 +132,7 @@ class Trainer:
                 raise
             finally:
                 cudnn.deterministic, cudnn.benchmark = flags
-            if folder is not None and self.team.leads:
+            if folder is not None:
                 folder.close()
         return progress
 
@@ -154,29 +141,26 @@ class Trainer:
         progress, settings = self.progress, self.settings
         start, here = time.perf_counter(), 0
         end = min(self.source.steps, progress.within + self.steps - progress.step)
-        rate, labels, unit = 0.0, self.objective.labels, self.source.unit
         self.runner.train(not self._eval_mode)
         for norm in self._frozen_norms:
             norm.eval()
         with closing(self.source.groups(progress.epoch, progress.within)) as groups:
             while progress.within < end:
                 group, size = next(groups)
-                rate = self._step(group, size)
+                self._step(group, size)
                 progress.step, progress.within, here = progress.step + 1, progress.within + 1, here + size
                 # An epoch's last step is saved with its end.
                 last = progress.within == end
                 due = settings.save_every is not None and progress.step % settings.save_every == 0
                 if due or last or progress.step % self._look_every == 0:
                     self._check_loss()
-                    speed = here / (time.perf_counter() - start)
-                    self._report(StepRow(progress.epoch + 1, progress.step, progress.scores(labels), rate, speed, unit))
+                    self._report(StepRow, here / (time.perf_counter() - start))
                 if due and not last:
                     self._check_weights()
                     self._save()
-        seconds = time.perf_counter() - start
-        self._end_epoch(rate, here / seconds if seconds else 0.0, seconds)
+        self._end_epoch(here, time.perf_counter() - start)
 
-    def _end_epoch(self, rate: float, speed: float, seconds: float) -> None:
+    def _end_epoch(self, trained: int, seconds: float) -> None:
         """Validate, keep the weights if they are the best so far, and save."""
         progress, patience = self.progress, self.settings.patience
         self._check_weights()
@@ -187,34 +171,22 @@ class Trainer:
         if self.validator is not None and validation is not None and best is not None:
             better = self.validator.rank(validation) > self.validator.rank(best)
         progress.last = validation
+        about = {"validation": validation, "best": better and validation is not None, "skipped": progress.skipped}
+        self._report(EpochRow, trained / seconds if seconds else 0.0, seconds=seconds, **about)
         progress.skipped_in_all += progress.skipped
         progress.stale = 0 if better else progress.stale + 1
         progress.epoch += 1
-        if better:
-            progress.best, progress.best_epoch = validation, progress.epoch
-        row = EpochRow(
-            epoch=progress.epoch,
-            step=progress.step,
-            train=progress.scores(self.objective.labels),
-            validation=validation,
-            best=better and validation is not None,
-            lr=rate,
-            images_per_second=speed,
-            seconds=seconds,
-            skipped=progress.skipped,
-            unit=self.source.unit,
-        )
         progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
         progress.within, progress.loss, progress.correct, progress.seen, progress.skipped = 0, 0.0, 0.0, 0.0, 0
-        self._report(row)
         if better:
+            progress.best, progress.best_epoch = validation, progress.epoch
             self.best = map_tensors(dict(self._kept_model.state_dict()), lambda tensor: tensor.detach().cpu().clone())
         self._save(better)
 
-    def _step(self, group: Sequence[Batch], size: int) -> float:
-        """Make one step on `size` images over all processes; return the learning rate."""
+    def _step(self, group: Sequence[Batch], size: int) -> None:
+        """Make one step on `size` images over all processes."""
         seed_(self.settings.seed, "step", self.progress.step, self.team.rank)
-        rate = set_rate_(self.optimizer, self.progress.step, self.steps, self.settings)
+        self._rate = set_rate_(self.optimizer, self.progress.step, self.steps, self.settings)
         for number, batch in enumerate(group, start=1):
             with nullcontext() if number == len(group) else self.accelerator.no_sync(self.runner):
                 self._learn(batch, size)
@@ -224,7 +196,6 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.raw)
-        return rate
 
     def _learn(self, batch: Batch, size: int) -> None:
         placed = to_device(batch, self.accelerator.device)
@@ -258,10 +229,9 @@ class Trainer:
         folder = self.folder
         good = "" if folder is None or not folder.last.exists() else f"; the last good checkpoint is {folder.last}"
         half = ", or `precision=bf16`" if self.settings.precision == "fp16" else ""
-        return AsymswapError(
-            f"{what} (epoch {self.progress.epoch + 1}, `lr={self.settings.base_lr:g}`): stopped{good}; try a smaller "
-            f"`lr=…`, `clip=1` or a longer `warmup=…`{half}"
-        )
+        where = f"(epoch {self.progress.epoch + 1}, `lr={self.settings.base_lr:g}`)"
+        advice = f"try a smaller `lr=…`, `clip=1` or a longer `warmup=…`{half}"
+        return AsymswapError(f"{what} {where}: stopped{good}; {advice}")
 
     def _explain(self, error: Exception) -> None:
         """Raise an error of torch in the user's words, if the user can do something about it."""
@@ -269,18 +239,16 @@ class Trainer:
         size = "a batch of the data" if own else f"`batch_size={settings.batch}`"
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
             half = "batches of half the size" if own else f"`batch_size={max(1, settings.batch // 2)}`"
-            raise AsymswapError(
-                f"not enough memory for {size}; {half} with `accumulate={2 * settings.accumulate}` gives the same step"
-            ) from error
+            advice = f"{half} with `accumulate={2 * settings.accumulate}` gives the same step"
+            raise AsymswapError(f"not enough memory for {size}; {advice}") from error
         if "more than 1 value per channel" in text:
             what = size if own else f"{self.source.count} {self.source.unit} with {size}"
             larger = "larger batches" if own else "a larger `batch_size=…`"
             raise AsymswapError(f"a batch norm got a single image, of {what}; give {larger}") from error
         if self.team.size > 1 and any(word in text for word in ("gloo", "NCCL", "Connection")):
-            raise AsymswapError(
-                "another process of the run has died, and none can go on without it; `resume=True` continues the run, "
-                "as torchrun does by itself with --max-restarts 3"
-            ) from error
+            what = "another process of the run has died, and none can go on without it"
+            advice = "`resume=True` continues the run, as torchrun does by itself with --max-restarts 3"
+            raise AsymswapError(f"{what}; {advice}") from error
 
     def _validate(self, model: nn.Module) -> Scores | None:
         if self.validator is None:
@@ -289,14 +257,18 @@ class Trainer:
         if not all(math.isfinite(value) for value in found.values()):
             raise self._diverged(f"the validation loss is {found['loss']:g} at step {self.progress.step}")
         if before is not None and before.keys() != found.keys():
-            raise AsymswapError(
-                f"`evaluate=…` gave {', '.join(found)}, before {', '.join(before)}; give the same names"
-            )
+            names = f"{', '.join(found)}, before {', '.join(before)}"
+            raise AsymswapError(f"`evaluate=…` gave {names}; give the same names")
         return found if before is None else {name: found[name] for name in before}
 
-    def _report(self, row: StepRow) -> None:
+    def _report(self, kind: type[StepRow], speed: float, **more: Any) -> None:
+        """Tell of a step, or at the end of an epoch of all of it."""
         if not self.team.leads:
             return
+        progress = self.progress
+        sums = {"loss": progress.loss, "top1": progress.correct} if self.objective.labels else {"loss": progress.loss}
+        scores = {name: value / max(1.0, progress.seen) for name, value in sums.items()}
+        row = kind(progress.epoch + 1, progress.step, scores, self._rate, speed, self.source.unit, **more)
         if self.folder is not None:
             self.folder.add(row)
         if isinstance(row, EpochRow):
@@ -336,10 +308,7 @@ class Trainer:
 
 
 def make_accelerator(settings: Training, team: Team, device: torch.device | None = None, all_used: bool = True) -> Any:
-    """Return accelerate's Accelerator, by default on a GPU if there is one.
-
-    `all_used`: every trained weight has a part in every loss.
-    """
+    """Return accelerate's Accelerator, by default on a GPU; `all_used`: every trained weight is in every loss."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import patch_environment
@@ -355,17 +324,14 @@ def make_accelerator(settings: Training, team: Team, device: torch.device | None
         with patch_environment(**given):
             accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[parallel])
     except ValueError as error:
-        raise AsymswapError(
-            f"`precision={settings.precision}` is not available here ({reason_of(error)}); try bf16 or fp32"
-        ) from None
+        what = f"`precision={settings.precision}` is not available here ({reason_of(error)})"
+        raise AsymswapError(f"{what}; try bf16 or fp32") from None
     if settings.precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would silently train in fp32.
         raise AsymswapError("`precision=fp16` needs a GPU; use bf16 or fp32")
     if accelerator.num_processes != team.size:
-        raise AsymswapError(
-            f"{accelerator.num_processes} processes were started and {team.size} of them train together; call finetune "
-            "with the team of asymswap.utils.distributed.joined()"
-        )
+        what = f"{accelerator.num_processes} processes were started and {team.size} of them train together"
+        raise AsymswapError(f"{what}; call finetune with the team of asymswap.utils.distributed.joined()")
     return accelerator
 
 

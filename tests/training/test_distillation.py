@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.data.batches import Batch
+from asymswap.data.metrics import all_scores
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import sha256
 from asymswap.measure.fidelity import caught, feature_error
@@ -22,7 +23,7 @@ from asymswap.models.networks import digits_resnet
 from asymswap.models.opening import open_model
 from asymswap.training.config import Training
 from asymswap.training.distillation import ORIGINAL, Teacher, blocks_around, find_teacher
-from asymswap.training.objective import Objective, all_scores, divergence
+from asymswap.training.objective import Objective, divergence
 from asymswap.types import Origin, Swap
 
 
@@ -111,6 +112,15 @@ def test_auxiliary_classifiers_count_a_little() -> None:
     assert torch.equal(scores, main)
     parts = [F.cross_entropy(part, labels, reduction="sum") for part in (main, auxiliary)]
     torch.testing.assert_close(loss, parts[0] + 0.3 * parts[1])
+
+
+def test_scores_by_name_as_classifiers_of_transformers_return_them() -> None:
+    class Named(Scores):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x)}
+
+    found, plain = (loss_of(Objective(Training()), kind(1.0, 2.0, -1.0), IMAGES, LABELS) for kind in (Named, Scores))
+    assert torch.equal(found[0], plain[0])
 
 
 def test_what_is_no_classifier_or_no_teacher_of_these_classes() -> None:
