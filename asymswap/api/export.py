@@ -97,9 +97,8 @@ def export(
         )
     ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
     if fuse and opened.plans and form not in ("ultralytics", "transformers"):  # which train on with the swaps
-        result = fuse_model(ready, original_of(opened), opened.plans, progress)
-        ready, as_original = result.model, not result.plans
-        fused = sum(row.outcome != "left" for row in result.sites)
+        ready, left, rows = fuse_model(ready, original_of(opened), opened.plans, progress)
+        fused, as_original = sum(row.outcome != "left" for row in rows), not left
     elif quantize is not None or not opened.handed_over:
         ready = deep_copy(ready)
     opened = replace(opened, model=ready.eval())
@@ -120,7 +119,7 @@ def export(
         dynamic = ("batch", "height", "width") if dynamic_size else ("batch",)
         with whole_file(path) as draft:
             checks = _write_program(opened, form, draft, dynamic_size, seed)
-            if form == "onnx" and "DeformConv" in runtimes.operators_of(draft):
+            if form == "onnx" and any(node.op_type == "DeformConv" for node in runtimes.nodes_of(draft)):
                 warnings += (_DEFORMABLE,)
             if inputs is not None and calibration is not None:
                 progress("quantising", 0, 1)

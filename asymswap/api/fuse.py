@@ -59,13 +59,12 @@ def fuse(
         opened = settle(opened, data, "test")
     inputs, about = some_inputs(data, opened, seed)
     options: dict[str, Any] = {"separable": separable, "max_offset": max_offset, "inputs": inputs}
-    fused = fuse_model(converted, original, opened.plans, progress, **options)
-    rows = fused.sites
+    fused, plans, rows = fuse_model(converted, original, opened.plans, progress, **options)
     if all(row.outcome == "left" for row in rows):
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "it holds no replacement"
         raise AsymswapError(f"{label} has nothing to fuse ({reasons})")
     one, dtype = opened.example(), opened.dtype()
-    gap = compare_outputs(converted, fused.model, inputs, compared_parts(trace(converted, one)))
+    gap = compare_outputs(converted, fused, inputs, compared_parts(trace(converted, one)))
     if max_offset is None and not gap.relative <= max(1e-4, 8 * torch.finfo(dtype).eps):
         raise AsymswapError(f"the fused model's output has changed by {gap.relative:.1e}; this is a bug: report it")
     report = FusionReport(
@@ -73,17 +72,17 @@ def fuse(
         origin=opened.origin.reference,
         sites=rows,
         before=count_costs(converted, one).total,
-        after=count_costs(fused.model, one).total,
+        after=count_costs(fused, one).total,
         relative=gap.relative,
         largest=gap.largest,
         probe=about,
-        as_original=not fused.plans,
+        as_original=not plans,
         fed=opened.fed,
         warnings=input_warnings(opened),
     )
     provenance = {**opened.provenance, "fused": plain(report)}
-    header = replace(opened.header(), plans=fused.plans, provenance=provenance)
-    return Fusion(fused.model, report, header, base_of(opened))
+    header = replace(opened.header(), plans=plans, provenance=provenance)
+    return Fusion(fused, report, header, base_of(opened))
 
 
 def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, force: bool = False) -> FusionReport:

@@ -75,12 +75,10 @@ class Against(Evaluator):
         found, scores = self.agreement(model, progress).outputs, []
         for one in found:
             name = f"{one.output} " if len(found) > 1 else ""
-            # Decibels between equal images have no best value.
-            if one.measure == "top-1":
-                scores.append(Score(f"{name}agreement", one.value, "%", interval=one.interval))
-            elif one.measure == "cosine":
-                scores.append(Score(f"{name}cosine", one.value, "%"))
-            else:
+            if one.measure in ("top-1", "cosine"):
+                what = "agreement" if one.measure == "top-1" else "cosine"
+                scores.append(Score(f"{name}{what}", one.value, "%", interval=one.interval))
+            else:  # also of images: decibels between equal ones have no best value
                 scores.append(Score(f"{name}output error", one.relative, "%", lower_is_better=True))
         return Measured(tuple(scores))
 
@@ -116,25 +114,24 @@ class Restored(Evaluator):
         return Measured((Score("PSNR", sum(each) / len(each), "dB"),), tuple(each))
 
 
-def on_held_back(
-    opened: OpenedModel, calibration: Calibration, traced: Trace | None = None, unit: str = ""
-) -> Evaluator:
+def on_held_back(opened: OpenedModel, calibration: Calibration, traced: Trace | None, unit: str = "") -> Evaluator:
     """Return what measures models on held-back inputs: PSNR where the right images are known, else the agreement.
 
     With the unit `%` errors of outputs are measured, even there.
     """
     given = calibration.given()
-    pairs = given.reference if paired_kind(given.reference or opened.model) == "pairs" else None
-    if unit != "%" and given.patches.noise and given.reference is not None and pairs is None:
+    reference = None if unit == "%" else given.reference
+    in_pairs = paired_kind(reference or opened.model) == "pairs"
+    if reference is not None and given.patches.noise and not in_pairs:
         restored = Restored(opened, calibration)
         if restored.suits(opened.model):
             return restored
-    if unit != "%" and pairs is not None and not given.patches.noise:
-        held_back = held_back_of(len(paired_files(pairs)), given)[0][:_VALUES]
+    if reference is not None and in_pairs and not given.patches.noise:
+        held_back = held_back_of(len(paired_files(reference)), given)[0][:_VALUES]
         # A network may take images of its own size alone, or make other ones than those.
         with contextlib.suppress(SourceError):
-            Pairs(pairs, opened.preprocessing, chosen=held_back[:1])(opened.model, lambda *_: None)
-            return Pairs(pairs, opened.preprocessing, chosen=held_back)
+            Pairs(reference, opened.preprocessing, chosen=held_back[:1])(opened.model, lambda *_: None)
+            return Pairs(reference, opened.preprocessing, chosen=held_back)
     return Against(opened, calibration, traced)
 
 

@@ -10,17 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asymswap.calibration import gather
 from asymswap.calibration.config import Calibration
-from asymswap.calibration.gather import (
-    Images,
-    StatisticsSummary,
-    gather,
-    images_hash,
-    load_statistics,
-    model_hash,
-    output_kind,
-    save_statistics,
-)
+from asymswap.calibration.gather import Images, StatisticsSummary
 from asymswap.calibration.polish import Polished, polish_
 from asymswap.calibration.sequential import refinable, refine_
 from asymswap.data.datasets import open_data
@@ -60,25 +52,18 @@ def settle_for(opened: OpenedModel, calibration: Calibration | None, evaluate: A
 
 @dataclass
 class Gathered:
-    """The statistics of every site, how they were made, and the images for later steps, maybe of other data.
-
-    `opened` is the model to solve on: the given one, or a copy in float32 if it has half precision.
-    """
+    """The statistics of every site, how they were made, and the images for later steps, maybe of other data."""
 
     by_site: Mapping[str, SiteStatistics]
     summary: StatisticsSummary
-    opened: OpenedModel
+    opened: OpenedModel  # to solve on: the given model, or a copy in float32 if it has half precision
     images: Images | None = None
     held_back: Batches | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def gather_statistics(
-    opened: OpenedModel,
-    sites: Sequence[Site],
-    calibration: Calibration,
-    progress: Progress = silent,
-    classes: int | None = None,
+    opened: OpenedModel, sites: Sequence[Site], calibration: Calibration, progress: Progress, classes: int | None
 ) -> Gathered:
     """Return the statistics of the given sites, from the cache if it exists, else from images (and then cache them).
 
@@ -89,18 +74,15 @@ def gather_statistics(
     cache, team, notes = calibration.cache, calibration.team, list[str]()
     images, held_back = (None, None) if calibration.data is None else _open_images(opened, calibration)
     if cache is not None and cache.exists():
-        found, summary = load_statistics(cache)
-        if summary.model != model_hash(opened.model):
+        found, summary = gather.load_statistics(cache)
+        if summary.model != gather.model_hash(opened.model):
             raise SourceError(f"the calibration cache {cache} was gathered from another model; give another file name")
         for site in (site for site in sites if site.name not in summary.unseen):
             if site.name not in found:
                 raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
             conv = site.conv
-            if found[site.name].target_GOD.shape != (
-                conv.groups,
-                conv.group_out,
-                conv.group_in * math.prod(conv.kernel),
-            ):
+            fitting = conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel)
+            if found[site.name].target_GOD.shape != fitting:
                 raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({conv.describe()})")
         notes.append(f"statistics read from {cache}")
     else:
@@ -112,20 +94,20 @@ def gather_statistics(
         if calibration.outputs is not None:
             outputs, why = calibration.outputs, "as given"
         else:
-            outputs, why = team.first(lambda: output_kind(opened.model, batches, classes))
+            outputs, why = team.first(lambda: gather.output_kind(opened.model, batches, classes))
             why += f"; `outputs={'values' if outputs == 'scores' else 'scores'}` says otherwise"
-        found = gather(opened.model, sites, images, outputs, progress)
+        found = gather.gather(opened.model, sites, images, outputs, progress)
         summary = StatisticsSummary(
             data=held_back.description if given.reference is None else f"{given.reference}{given.patches}",
             images=images.count,
-            sha256=images_hash(batches, team),
+            sha256=gather.images_hash(batches, team),
             seed=calibration.seed,
-            model=model_hash(opened.model),
+            model=gather.model_hash(opened.model),
             unseen=tuple(site.name for site in sites if site.name not in found),
             outputs=f"{'class scores' if outputs == 'scores' else 'values'} ({why})",
         )
         if cache is not None and team.leads:
-            save_statistics(cache, found, summary)
+            gather.save_statistics(cache, found, summary)
     notes += _notes(summary, found, sites)
     if device_of(opened.model).type != "cpu":
         notes.append(f"computed on {device_of(opened.model)}")
@@ -166,20 +148,19 @@ def convert_on(
     traced: Trace, plan: Plan, gathered: Gathered, calibration: Calibration, progress: Progress = silent
 ) -> tuple[nn.Module, bool]:
     """Return the converted model, in the precision of `gathered.opened`, and True if it was solved layer by layer."""
-    opened, images, notes, sequential = gathered.opened, gathered.images, gathered.notes, calibration.sequential
-    if images is None and sequential is not False:
+    opened, images, notes, by_site = gathered.opened, gathered.images, gathered.notes, gathered.by_site
+    if images is None and calibration.sequential is not False:
         reason = "the images are not given, only their statistics"
-        if sequential:
+        if calibration.sequential:
             raise AsymswapError(f"`sequential=True` is not possible: {reason}")
         notes.append(f"not refined layer by layer: {reason}")
-    names = set() if images is None or sequential is False else refinable(traced.sites, plan)
-    converted = apply_plan(opened.model, plan, progress, gathered.by_site, unset=names)
+    names = set() if images is None or calibration.sequential is False else refinable(traced.sites, plan)
+    converted = apply_plan(opened.model, plan, progress, by_site, unset=names)
     if not names or images is None:
         return converted, False
     if images.count != gathered.summary.images:
         notes.append(f"solved layer by layer on {images.count} images")
-    by_site, example = gathered.by_site, opened.example()
-    refined = refine_(opened.model, converted, traced.sites, plan, by_site, images, example, progress)
+    refined = refine_(opened.model, converted, traced.sites, plan, by_site, images, opened.example(), progress)
     if not refined.by_graph:
         notes.append("layer by layer in real forward passes, since no graph of the whole model is what runs")
     if refined.one_pass:

@@ -49,15 +49,12 @@ _BLOCK = 256  # rows of a Gram matrix to multiply at once
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a calibration: `count` in all processes of the `team`, each of which has some of the batches.
-
-    Random numbers for a batch depend on the seed and its number alone, so it does not matter which process has it.
-    """
+    """The images of a calibration, of which each process of the team has some batches."""
 
     batches: Batches
-    count: int
+    count: int  # in all processes
     memory_gib: float = 4.0
-    seed: int = 0
+    seed: int = 0  # random numbers depend on it and a batch's number, and not on the process that has the batch
     team: Team = ALONE
 
     def each(self, site: Site) -> int:
@@ -73,8 +70,7 @@ class Images:
 class PatchSums:
     """Means and co-moments of one conv's patches, and with `targets` of its target outputs, in float64.
 
-    Each batch is summed about its own mean, and batches are merged (Chan, Golub and LeVeque, 1983): a mean much larger
-    than the variation never cancels it.
+    Each batch is summed about its own mean, then merged (Chan, Golub and LeVeque, 1983): a large mean cancels nothing.
     """
 
     def __init__(self, conv: nn.Conv2d, targets: bool = False) -> None:
@@ -161,12 +157,12 @@ def _centred(values_GCN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) -> tuple[OutputKind, str]:
-    """Decide whether a model's outputs for some images are scores of classes or values; and say why.
+    """Decide whether outputs are scores of classes, of which the user's labelled data may have `classes`; and say why.
 
     Scores of a trained classifier set one class apart in most images, and add up to about zero, since a softmax ignores
-    an offset common to all. `classes` is the number of classes of the user's own labelled data, if there is any.
+    an offset common to all.
     """
-    norms, seen = list[Any](), list[Tensor]()
+    norms, seen = list[Tensor](), list[Tensor]()
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
@@ -213,11 +209,9 @@ def gather(
     SourceError, naming the first layer, for activations that are not finite.
     """
     groups = within(images.memory_gib * 2**30, sites, lambda site: 8.0 * site.conv.groups * _length(site) ** 2)
-    found: dict[str, SiteStatistics] = {}
-    everywhere = True
+    found, everywhere, total = dict[str, SiteStatistics](), True, len(groups) * images.count
     for number, group in enumerate(groups):
-        before, total = number * images.count, len(groups) * images.count
-        step = lambda done, before=before, total=total: progress("calibrating", before + done, total)  # noqa: E731
+        step = lambda done, before=number * images.count: progress("calibrating", before + done, total)  # noqa: E731
         gathered, with_gradient = _pass(model, group, images, outputs, step)
         found |= gathered
         everywhere = everywhere and with_gradient
@@ -230,10 +224,8 @@ def _pass(
     """Return the statistics of the sites that run, and whether the prediction has a gradient at all of them."""
     by_name = {site.name: site for site in sites}
     sums = {name: PatchSums(cast(nn.Conv2d, model.get_submodule(name))) for name in by_name}
-    weights = {}
-    for name, site in by_name.items():
-        shape = site.conv.groups, site.conv.group_out, site.conv.group_out
-        weights[name] = sums[name].conv.weight.new_zeros(shape, dtype=torch.float64)
+    shapes = {site.name: (site.conv.groups, site.conv.group_out, site.conv.group_out) for site in sites}
+    weights = {name: one.conv.weight.new_zeros(shapes[name], dtype=torch.float64) for name, one in sums.items()}
     gradients = Counter[str]()
     number, done, runs = 0, 0, Counter[str]()  # of the current batch, and how often each conv has run on it
 
@@ -246,8 +238,8 @@ def _pass(
             try:
                 sums[name].add(patches_of(sums[name].conv, seen.detach(), at))
             except ValueError:
-                reason = "is not finite on the calibration images; check the preprocessing"
-                raise SourceError(f"the input of {name} {reason}") from None
+                what = f"the input of {name} is not finite on the calibration images; check the preprocessing"
+                raise SourceError(what) from None
 
         def back(gradient: Tensor) -> None:
             g = _at_least_float32(gradient).unflatten(1, (len(weights[name]), -1))
@@ -294,9 +286,9 @@ def _length(site: Site) -> int:
     return site.conv.group_in * math.prod(site.conv.kernel)
 
 
-def choose_positions(size: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def choose_positions(size: torch.Size, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return rows and columns of at most `most` pixels of a feature map, drawn without repetition."""
-    pixels = size[0] * size[1]
+    pixels = size.numel()
     flat = torch.arange(pixels) if pixels <= most else torch.randperm(pixels, generator=generator)[:most]
     return flat // size[1], flat % size[1]
 
@@ -326,13 +318,12 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tensor | None:
-    """Return a scalar whose gradient has the second moment of the Fisher information, summed over the images.
+    """Return a scalar whose gradient has the second moment of the Fisher information; None if there is no gradient.
 
-    Outputs are taken as normal distributions with the deviation of the output itself, or its size where it never
-    varies. Scores of classes (N, classes, ...) mean the same with any number added to all of them. Their softmax is no
-    use here: it is so sure of most images that a few of them would decide all the weights
-    (docs/results/calibration-experiments.md). None if the output has no gradient: under `torch.no_grad`, or behind an
-    argmax.
+    It is summed over the images. Outputs are taken as normal distributions with the deviation of the output itself, or
+    its size where it never varies. Scores of classes (N, classes, ...) mean the same with any number added to all of
+    them. Their softmax is so sure of most images that a few would decide all the weights
+    (docs/results/calibration-experiments.md).
     """
     tensors = [tensor for tensor in list_tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
     if not tensors:
@@ -353,8 +344,7 @@ def _surprise(output: Any, kind: OutputKind, generator: torch.Generator) -> Tens
 
 def within(limit: float, sites: Sequence[Site], size_of: Callable[[Site], float]) -> list[list[Site]]:
     """Split sites, in order, into groups whose `size_of` (bytes) adds up to the limit at most, or of a single site."""
-    groups: list[list[Site]] = []
-    held = 0.0
+    groups, held = list[list[Site]](), 0.0
     for site in sites:
         held += size_of(site)
         if not groups or held > limit:

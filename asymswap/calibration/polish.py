@@ -53,21 +53,17 @@ _NO_SWAPS = Plan(())
 
 @dataclass(frozen=True)
 class Polished:
-    """What polishing did: its steps, samples a step, and rate; the difference on held-back inputs before and after.
-
-    `kept_step` is the step whose weights were kept, `images` the number of inputs there were.
-    """
+    """What polishing did, with the difference on held-back inputs before and after."""
 
     steps: int
-    kept_step: int
+    kept_step: int  # the step whose weights were kept
     before: float
     after: float
-    images: int
-    batch: int
+    images: int  # all inputs
+    batch: int  # samples a step
     rate: float
 
     def __str__(self) -> str:
-        """Return a sentence for the report; where nothing was gained, with the reason."""
         steps = f"{self.steps} steps of {self.batch} samples at a rate of {self.rate:g}"
         if not self.kept_step:
             few = "too few; give it more time" if self.steps < _STEPS else "no rate does; more inputs may"
@@ -100,10 +96,9 @@ def polish_(
             end = begun + seconds if share == 1 else now + share * seconds
 
             def part(done: int) -> float:
-                if steps:
-                    found = done / max(1, round(share * steps))
-                else:  # a slow network may have used up its time before
-                    found = (time.perf_counter() - now) / max(end - now, 1e-9)
+                # A slow network may have used up its time before.
+                passed = (time.perf_counter() - now) / max(end - now, 1e-9)
+                found = done / max(1, round(share * steps)) if steps else passed
                 if stage:
                     progress(stage, min(1000, int(1000 * found)), 1000)
                 return found
@@ -168,7 +163,6 @@ class _Trainer:
         return sum(gap * count for gap, count in zip(gaps, counts, strict=True)) / sum(counts)
 
     def gradient_(self, batch: Inputs) -> None:
-        """Set the gradients for one batch."""
         with torch.no_grad(), caught(self.teacher, self.inner.values()) as taught:
             target = self.teacher(*copied(batch))
         self.student.zero_grad()
@@ -211,23 +205,22 @@ class _Optimizer:
     """Muon for kernels and matrices, a kernel as the matrix of its filters, and Adam for all else."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.kernels = [parameter for parameter in parameters if parameter.dim() > 1]
-        self.matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in self.kernels]
+        self.kernels = [(one, nn.Parameter(one.detach().flatten(1).clone())) for one in parameters if one.dim() > 1]
         self.parts: list[torch.optim.Optimizer] = []
-        if self.matrices:
-            self.parts.append(torch.optim.Muon(self.matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+        if matrices := [matrix for _, matrix in self.kernels]:
+            self.parts.append(torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
         if others := [parameter for parameter in parameters if parameter.dim() < 2]:
             self.parts.append(torch.optim.Adam(others))
 
     @torch.no_grad()
     def step_(self, rate: float) -> None:
-        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+        for kernel, matrix in self.kernels:
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
-        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+        for kernel, matrix in self.kernels:
             kernel.copy_(matrix.view_as(kernel))
 
 

@@ -3,10 +3,9 @@
 At each swapped site the patches come from the network as converted so far, and the target output from the original one
 (Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.statistics).
 
-Where the graph of the whole model is what runs, both networks walk through it side by side. We keep only the
-activations that later nodes still need. Where those of all images fit into the memory limit, they are kept at every
-site, and one pass over the images is enough for all layers. Where they do not, as in the first layers of large
-networks, the images walk again from the last site at which they fitted, or from the start. The last conv of a residual
+Where the graph of the whole model is what runs, both networks walk through it side by side, with the activations that
+later nodes still need. Where those of all images fit into the memory limit, one pass over the images is enough for all
+layers; else they walk again from the last site at which they fitted, or from the start. The last conv of a residual
 branch also corrects the error accumulated on the shortcut: its output is to make the *sum* right.
 
 Elsewhere real forward passes are stopped at the current layer: the original runs once for many sites, keeping the
@@ -119,11 +118,11 @@ class _Stop(BaseException):
 
 
 class _Target(NamedTuple):
-    """The original network at one site for one batch: its input's shape, some positions, and the outputs there."""
+    """The original network at one site for one batch."""
 
     input: torch.Size
-    at: tuple[Tensor, Tensor]
-    outputs_GON: Tensor
+    at: tuple[Tensor, Tensor]  # some positions
+    outputs_GON: Tensor  # there
 
 
 def _stop_at_sites(
@@ -134,11 +133,11 @@ def _stop_at_sites(
 
     def call_order() -> list[str]:
         """Return the convs in the order in which they run on the first batch."""
-        seen: dict[str, None] = {}
-        with conv_hooks(model, lambda name, _, __: seen.setdefault(name)):
+        seen: list[str] = []
+        with conv_hooks(model, lambda name, _, __: seen.append(name)):
             for _, batch in itertools.islice(images.batches(), 1):
                 model(*copied(batch))
-        return [name for name in seen if name in by_name]
+        return [name for name in dict.fromkeys(seen) if name in by_name]
 
     def targets_of(group: Sequence[Site]) -> dict[str, dict[int, _Target | None]]:
         """Return the targets for each site and batch; None where it runs several times in a forward pass."""
@@ -195,10 +194,9 @@ def _stop_at_sites(
 def _walk_graph(
     model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, example: Inputs
 ) -> Iterator[tuple[str, PatchSums]] | None:
-    """Yield each site that the graph calls, in order, with the sums of its patches and target outputs.
+    """Yield each site that the graph calls, to be solved before the next one, with its sums.
 
-    The replacement must be solved before the next site is asked for. None where the model has no graph that computes,
-    on the first batch, what the model computes.
+    None where the model has no graph that computes, on the first batch, what the model computes.
     """
     try:
         # The model's own code runs here, with stand-ins, on meta tensors and node by node: it may raise anything.
@@ -220,26 +218,21 @@ def _walk_graph(
 
 @dataclass
 class _Pair:
-    """Both networks' values for one batch, of the original up to the node at `position`, which is included.
-
-    Of the converted one up to the node before, since that node may be a replacement that is still to be solved.
-    """
+    """Both networks' values for one batch."""
 
     number: int
     inputs: Inputs
-    position: int = -1
-    original: Env = field(default_factory=dict)
-    converted: Env = field(default_factory=dict)
+    position: int = -1  # of a node
+    original: Env = field(default_factory=dict)  # up to that node
+    converted: Env = field(default_factory=dict)  # up to the node before: that one may be still to be solved
 
 
 class _Walk:
-    """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends.
-
-    `residuals` are, for the last conv of a branch, the sum's other operand and the inverse scale of the batch norms.
-    """
+    """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
         self._root, self._model = root, model
+        # For the last conv of a branch, the sum's other operand and the inverse scale of the batch norms.
         found = ((node, self._find_residual(node)) for node in graph.nodes)
         self.residuals = {node: residual for node, residual in found if residual is not None}
         self.order = self._schedule(list(graph.nodes))
@@ -252,15 +245,13 @@ class _Walk:
             self._last_read[max((place[reader] for reader in readers), default=place[node])].append(node)
 
     def computes_the_same(self, inputs: Inputs) -> bool:
-        """Compare the graph's output with the model's own."""
         for node, env in self.values(inputs):
             last = env[node]
-        ours, theirs = list_tensors(last), list_tensors(self._model(*copied(inputs)))
-        if [one.shape for one in ours] != [other.shape for other in theirs]:
-            return False
-        pairs = [(one.double(), other.double()) for one, other in zip(ours, theirs, strict=True)]
-        same = ((one - other).norm() <= _SAME * other.norm() or not other.isfinite().all() for one, other in pairs)
-        return all(same)
+        ours, theirs = ([one.double() for one in list_tensors(out)] for out in (last, self._model(*copied(inputs))))
+        return [one.shape for one in ours] == [other.shape for other in theirs] and all(
+            (one - other).norm() <= _SAME * other.norm() or not other.isfinite().all()
+            for one, other in zip(ours, theirs, strict=True)
+        )
 
     def sums(
         self, converted: nn.Module, sites: Mapping[str, Site], images: Images, held: Sequence[int]
@@ -329,7 +320,6 @@ class _Walk:
             env.pop(gone, None)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        """Return the module that a node calls."""
         return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _run(self, node: fx.Node, model: nn.Module, env: Env, inputs: Inputs) -> Any:
@@ -339,10 +329,7 @@ class _Walk:
         if node.op == "placeholder":
             # A copy, since a model may change its input in place.
             return placeholder_value(node, bind(self._model, copied(inputs), {}))
-        if node.op == "get_attr":
-            # A parameter or buffer of the model, or a constant that tracing has put on the root.
-            with suppress(AttributeError):
-                return attrgetter(str(node.target))(model)
+        if node.op == "get_attr":  # of the root, which has the model's own tensors, and constants of tracing
             return attrgetter(str(node.target))(self._root)
         if node.op == "call_module":
             return model.get_submodule(str(node.target))(*args, **kwargs)

@@ -1,8 +1,7 @@
 """How far a converted model's outputs and kernels are from the original's; and whether it can be converted at all.
 
 Some networks look at what their layers are: they pad only before an nn.Conv2d, or collect the outputs of these alone.
-`check_stand_ins` hides each conv in question in a module that computes exactly the same, and runs both models on one
-input: if the calls or the outputs differ, the model's code treats the two differently.
+`check_stand_ins` hides convs in modules that compute exactly the same: the calls and the outputs must not change.
 """
 
 import math
@@ -34,13 +33,14 @@ _KNOWN = 2**30  # bytes of the original's outputs that are kept
 WHOLE = ("",)  # the model itself, by torch's name for it, as the only part whose outputs are compared
 
 
+@dataclass
 class Sums:
     """The difference of any number of `tensors` from others: squared differences and squared values, in float64."""
 
-    def __init__(self) -> None:
-        self.tensors = 0
-        self.squares = self.energy = 0.0
-        self.largest = 0.0  # absolute difference of two numbers
+    tensors: int = 0
+    squares: float = 0.0
+    energy: float = 0.0
+    largest: float = 0.0  # absolute difference of two numbers
 
     def add(self, one: Tensor, other: Tensor) -> None:
         """Compare the second of two tensors of the same shape with the first; of complex numbers both parts."""
@@ -63,21 +63,18 @@ class Sums:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Differences of the whole model's output, of each swapped site's output on the original's input, and its kernel.
-
-    A kernel is missing if the replacement is not equivalent to a kernel of the original size.
-    """
+    """Differences of the whole model's output, and of each swapped site's kernel and output on the original's input."""
 
     output: Sums
     site_outputs: Mapping[str, Sums]
-    kernels: Mapping[str, float]
+    kernels: Mapping[str, float]  # of the replacements that are equivalent to a kernel of the original size
 
 
 def compared_parts(traced: Trace) -> tuple[str, ...]:
     """Return the parts whose outputs show whether two versions of a model compute the same.
 
-    Outputs that depend on values (which boxes a detector keeps) jump where scores are close, even of equal networks:
-    then we compare the parts that torch.fx could read, and the convs outside of them.
+    Which boxes a detector keeps jumps where scores are close: there we compare what torch.fx could read, and the convs
+    outside of it.
     """
     if traced.on_meta:
         return WHOLE
@@ -91,8 +88,8 @@ def measure_fidelity(
 ) -> Fidelity:
     """Run both models on the same inputs in eval mode and compare; both are unchanged afterwards.
 
-    Each replacement, and each of the `parts`, gets the original's own input, so that a site's error is its own. If it
-    has folded a batch norm, its output is compared with the output of conv and batch norm, and its kernel not at all.
+    Each replacement, and each of the `parts`, gets the original's own input, so that a site's error is its own. One
+    that has folded a batch norm is compared with conv and batch norm, and its kernel not at all.
     """
     sums = {swap.site: Sums() for swap in plan.swaps}
     norms = {swap.site: original.get_submodule(swap.absorbs) for swap in plan.swaps if swap.absorbs is not None}
@@ -197,8 +194,6 @@ def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class _Output:
-    """Running figures of one output."""
-
     shape: Sequence[int]
     sums: Sums = field(default_factory=Sums)
     same: int = 0
@@ -210,12 +205,11 @@ class _Output:
     def add(self, one: Tensor, other: Tensor) -> None:
         self.sums.add(one, other)
         self.numbers += one.numel()
-        if one.dim() < 2 or one.shape[1] < 2 or not one.is_floating_point():
-            return
-        self.same += int((one.argmax(1) == other.argmax(1)).sum())
-        self.votes += one.numel() // one.shape[1]
-        self.cosines += float(F.cosine_similarity(one.double().flatten(1), other.double().flatten(1)).sum())
-        self.rows += len(one)
+        if one.dim() >= 2 and one.shape[1] >= 2 and one.is_floating_point():
+            self.same += int((one.argmax(1) == other.argmax(1)).sum())
+            self.votes += one.numel() // one.shape[1]
+            self.cosines += float(F.cosine_similarity(one.double().flatten(1), other.double().flatten(1)).sum())
+            self.rows += len(one)
 
     def result(self, name: str, scores: bool, whole: bool) -> OutputAgreement:
         """Return the measure that suits the output: scores, embeddings, images, other values."""
@@ -226,10 +220,9 @@ class _Output:
             return OutputAgreement(name, "top-1", self.same / self.votes, relative, interval)
         if len(shape) == 2 and self.rows:
             return OutputAgreement(name, "cosine", self.cosines / self.rows, relative)
-        size = math.sqrt(self.sums.energy / max(1, self.numbers))
+        size, error = math.sqrt(self.sums.energy / self.numbers), self.sums.squares / self.numbers
         peak = next((peak for peak, (low, high) in _PEAKS.items() if low <= size <= high), None)
         if len(shape) == 4 and shape[1] in (1, 3) and peak is not None:
-            error = self.sums.squares / max(1, self.numbers)
             value = math.inf if error == 0 else 10 * math.log10(peak**2 / error)
             return OutputAgreement(name, "PSNR", value, relative, peak=peak)
         return OutputAgreement(name, "relative error", relative, relative)
@@ -246,10 +239,10 @@ def measure_agreement(
 ) -> tuple[OutputAgreement, ...]:
     """Compare both networks' outputs on batches of inputs, the own ones of each; each output by its name.
 
-    `scores`: outputs of two dimensions are scores of classes; a map of several channels then is scores for each pixel.
-    Where what comes out depends on values (a detector's boxes), the outputs of the last of its `parts` are compared in
-    its place, in either network's own run. Outputs whose sizes differ are left out. `known` has the original's outputs
-    of batches by their numbers; those that it lacks are put into it while they take little memory.
+    `scores`: outputs of two dimensions are scores of classes, and a map of several channels scores for each pixel.
+    Where outputs depend on values (a detector's boxes), those of the last `parts` are compared, in either network's own
+    run. Outputs whose sizes differ are left out. `known` has the original's outputs of batches by their numbers; those
+    that it lacks are put into it while they take little memory.
     """
     known = {} if known is None else known
     room = _KNOWN - sum(tensor.nbytes for one in known.values() for tensor in one.values())
@@ -342,10 +335,8 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
 def _run(
     model: nn.Module, hidden: Sequence[str], names: Sequence[str], inputs: Inputs
 ) -> tuple[list[Tensor], dict[str, list[Call]]]:
-    """Return the outputs of a run with stand-ins for the `hidden` modules, and the calls of the named ones.
-
-    It runs a copy, since a forward may build or fuse things in its own model.
-    """
+    """Return the outputs of a run with stand-ins for the `hidden` modules, and the calls of the named ones."""
+    # A copy, since a forward may build or fuse things in its own model.
     copied = swap(model, {name: _StandIn(model.get_submodule(name)) for name in hidden}, share=True)
     calls: dict[str, list[Call]] = {name: [] for name in names}
 

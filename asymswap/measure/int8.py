@@ -7,8 +7,9 @@ channel (docs/results/int8.md).
 """
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -49,19 +50,6 @@ def rotate_(model: nn.Module, sites: Iterable[str]) -> int:
     return number
 
 
-class _Reader:
-    """Inputs as ONNX Runtime's quantisation asks for them."""
-
-    def __init__(self, names: Sequence[str], batches: Iterable[Inputs]) -> None:
-        self._names, self._batches = names, iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self._batches, None)
-        if batch is None:
-            return None
-        return {name: one.cpu().numpy() for name, one in zip(self._names, list_tensors(batch), strict=True)}
-
-
 def quantize(path: Path, batches: Iterable[Inputs]) -> None:
     """Replace an ONNX file by one in int8, its ranges measured on the inputs.
 
@@ -72,10 +60,12 @@ def quantize(path: Path, batches: Iterable[Inputs]) -> None:
 
         names, prepared = [item.name for item in open_session(path).get_inputs()], Path(folder) / "prepared.onnx"
         quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+        arrays = ([tensor.cpu().numpy() for tensor in list_tensors(batch)] for batch in batches)
+        named = (dict(zip(names, one, strict=True)) for one in arrays)
         quantization.quantize_static(
             str(prepared),
             str(path),
-            _Reader(names, batches),
+            SimpleNamespace(get_next=lambda: next(named, None)),  # what is asked of a CalibrationDataReader
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,

@@ -12,9 +12,11 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,28 +41,22 @@ Passes = Sequence[Sequence[float]]  # seconds, round by round
 
 @dataclass(frozen=True)
 class Turn:
-    """A model's turn: `measure` does one forward pass, which measures itself, on a number of threads.
-
-    `pool` names the library that computes: its threads stay awake for a while, and slow down another's. `read` makes
-    the measurement of what `measure` has returned, once all turns are over. `version` says in what it runs, `ready` how
-    long it took to make.
-    """
+    """A model's turn: one forward pass, which measures itself."""
 
     measure: Callable[[], Any]
     threads: int | None = None
-    pool: str = "torch"
-    read: Callable[[Any], Any] | None = None
-    version: str = ""
-    ready: float | None = None
+    pool: str = "torch"  # the library that computes: its threads stay awake for a while, and slow down another's
+    read: Callable[[Any], Any] | None = None  # the measurement of what `measure` returned, once all turns are over
+    version: str = ""  # of what it runs in
+    ready: float | None = None  # seconds that it took to make
 
 
 def take_turns(
     turns: Mapping[Any, Turn], *, rounds: int, seconds: float = MOST_SECONDS, progress: Progress = silent
 ) -> dict[Any, list[list[Any]]]:
-    """Run all in turn, round after round, and return the measurements of each, round by round.
+    """Run all in turn, in an order that changes, and return the measurements of each, round by round.
 
-    The order changes from round to round, so that none always follows the same other one. There are `rounds` of them,
-    or as many as `seconds` allow, five at least; warm-up rounds do not count.
+    There are `rounds` of them, or as many as `seconds` allow, five at least; warm-up rounds do not count.
     """
     found: dict[Any, list[list[Any]]] = {key: [] for key in turns}
     # After another library's threads, or another number of them, a pass must wake up its own.
@@ -93,7 +89,6 @@ def take_turns(
 
 def stopwatch(run: Callable[[], Any], device: str = "cpu") -> Callable[[], float]:
     """Return a function that calls `run` and returns the seconds that it took, on a GPU by its own events."""
-
     now = clock(device)
 
     def measure() -> float:
@@ -145,13 +140,12 @@ class Timed:
     """Seconds of one forward pass, of the named modules in it, all their runs in the pass together, and of the rest.
 
     Each is its own minimum: if the machine is never quiet for a whole pass, the parts add up to less than `whole`.
-    `median` is the median of the whole pass over all rounds.
     """
 
     whole: float
     modules: Mapping[str, float]
     rest: float
-    median: float = math.nan
+    median: float = math.nan  # of the whole pass over all rounds
 
     @classmethod
     def of(cls, whole: float, modules: Mapping[str, float]) -> Timed:
@@ -172,40 +166,44 @@ def time_models(
     given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
     turns = {key: Turn(functools.partial(time_once, model, given[key], names)) for key, model in models.items()}
     with eval_mode(*models.values()):
-        return time_layers(turns, rounds=rounds, seconds=seconds, progress=progress)
+        found = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
+    return {key: best_of(every) for key, every in found.items()}
 
 
-def time_layers(
-    turns: Mapping[str, Turn], *, rounds: int = 20, seconds: float = MOST_SECONDS, progress: Progress = silent
-) -> dict[str, Timed]:
-    """Run turns that measure a `Timed` each, and return the best of every part of each."""
-    best = {}
-    for key, every in take_turns(turns, rounds=rounds, seconds=seconds, progress=progress).items():
-        passes: list[Timed] = [timed for one_round in every for timed in one_round]
-        best[key] = Timed(
-            min(timed.whole for timed in passes),
-            {name: min(timed.modules[name] for timed in passes) for name in passes[0].modules},
-            min(timed.rest for timed in passes),
-            statistics.median(timed.whole for timed in passes),
-        )
-    return best
+def best_of(rounds: Sequence[Sequence[Timed]]) -> Timed:
+    """Return the best of every part of the passes."""
+    passes = [timed for one_round in rounds for timed in one_round]
+    return Timed(
+        min(timed.whole for timed in passes),
+        {name: min(timed.modules[name] for timed in passes) for name in passes[0].modules},
+        min(timed.rest for timed in passes),
+        statistics.median(timed.whole for timed in passes),
+    )
 
 
 def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
     """Time one pass of a model, and all runs of the named modules in it."""
-    seconds, now = dict.fromkeys(names, 0.0), clock(str(device_of(model)))
-
-    def enter(name: str, *_: Any) -> None:
-        seconds[name] -= now()
-
-    def leave(name: str, *_: Any) -> None:
-        seconds[name] += now()
-
-    with hooked(model, names, before=enter, after=leave):
+    now = clock(str(device_of(model)))
+    with metered(model, names, now) as seconds:
         start = now()
         model(*inputs)
         whole = now() - start
     return Timed.of(whole, seconds)
+
+
+@contextmanager
+def metered(model: nn.Module, names: Sequence[str], read: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+    """Yield by how much a reading grows in all runs of each named module, while the block lasts."""
+    sums: dict[str, Any] = dict.fromkeys(names, 0)
+
+    def enter(name: str, *_: Any) -> None:
+        sums[name] -= read()
+
+    def leave(name: str, *_: Any) -> None:
+        sums[name] += read()
+
+    with hooked(model, names, before=enter, after=leave):
+        yield sums
 
 
 def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
@@ -214,10 +212,7 @@ def in_format(model: nn.Module, memory_format: MemoryFormat) -> nn.Module:
 
 
 def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) -> Inputs:
-    """Return random inputs of the example's sizes and dtypes: a `batch` of images, pairs or clips.
-
-    A user's own example is repeated as it is: not every number may be random.
-    """
+    """Return a batch of random inputs of the example's sizes and dtypes; a user's own example is repeated as it is."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(tensor: Tensor) -> Tensor:
@@ -227,10 +222,10 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
             tensor = torch.randn(shape, generator=generator).to(tensor.dtype)
         return tensor.contiguous(memory_format=FORMATS[memory_format]) if tensor.dim() == 4 else tensor
 
-    if any(not tensor.is_meta for tensor in list_tensors(example)):
-        example = repeated(example, batch)
-    else:
+    if all(tensor.is_meta for tensor in list_tensors(example)):
         example = tuple(item * batch if isinstance(item, list) else item for item in example)
+    else:  # a user's own, of which not every number may be random
+        example = repeated(example, batch)
     made: Inputs = map_tensors(example, fill)
     return made
 
@@ -239,10 +234,9 @@ def machine() -> dict[str, Any]:
     """Return what measured times depend on besides the work."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    named = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    processor = named[0] if named else platform.processor() or platform.machine()
+    named = re.search(r"^model name[^:]*:(.*)$", text, re.MULTILINE)
     return {
-        "processor": processor,
+        "processor": named[1].strip() if named else platform.processor() or platform.machine(),
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

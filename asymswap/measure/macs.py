@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from asymswap.measure.latency import metered
 from asymswap.types import Call, Cost, Site
 from asymswap.utils.inputs import Inputs, with_values
 from asymswap.utils.tensors import deep_copy, device_of, hooked, meta_copy, to_meta
@@ -65,16 +66,11 @@ def count_swapped(before: Costs, converted: nn.Module, sites: Iterable[Site]) ->
 
 def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
     """Count a copy of a model, which may be run and given hooks."""
-    flops = dict.fromkeys(names, 0)
     calls: dict[str, list[Call]] = {name: [] for name in names}
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     uncounted = _Uncounted(structure, counter.flop_registry)
 
-    def enter(name: str, *_: Any) -> None:
-        flops[name] -= counter.get_total_flops()
-
-    def leave(name: str, args: Any, kwargs: Any, output: Any) -> None:
-        flops[name] += counter.get_total_flops()
+    def see(name: str, args: Any, kwargs: Any, output: Any) -> None:
         seen = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
             calls[name].append(Call.of(seen[0].shape, output.shape))
@@ -82,9 +78,10 @@ def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
     # Attention and encoder layers must not run as one operator each, which no formula knows.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    meter, hooks = metered(structure, names, counter.get_total_flops), hooked(structure, names, after=see)
     try:
         # The counter comes last: it decomposes operators, and passes on what it cannot decompose.
-        with torch.no_grad(), hooked(structure, names, before=enter, after=leave), uncounted, counter:
+        with torch.no_grad(), meter as flops, hooks, uncounted, counter:
             structure(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -108,15 +105,11 @@ def _deform_conv(x: Shape, weight: Shape, offset: Shape, *others: Any, **_: Any)
     return 2 * offset[0] * math.prod(offset[2:]) * (math.prod(weight) + samples * (4 + use_mask))
 
 
-def _product(one: Shape, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(one)  # each number of a matrix or vector meets one of a vector
-
-
-# What torch's counter lacks: FLOPs by the shapes of the arguments.
+# What torch's counter lacks: FLOPs by the shapes of the arguments. Numbers of a matrix meet one of a vector each.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _product),
-    aten.addmv: lambda _, one, *__, **___: _product(one),
-    aten.addbmm: lambda _, one, other, *__, **___: _product(one) * other[-1],
+    **dict.fromkeys((aten.mv, aten.dot, aten.vdot), lambda one, *_, **__: 2 * math.prod(one)),
+    aten.addmv: lambda _, one, *__, **___: 2 * math.prod(one),
+    aten.addbmm: lambda _, one, other, *__, **___: 2 * math.prod(one) * other[-1],
     # nn.Bilinear: each weight is used once for each row of the inputs, (N, 1, I, 1) and (N, 1, 1, J).
     aten._trilinear: lambda one, weight, *_, **__: 2 * one[0] * math.prod(weight),
     aten.conv_tbc: lambda _, weight, *__, out_shape, **___: 2 * out_shape[0] * out_shape[1] * math.prod(weight),

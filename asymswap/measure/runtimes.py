@@ -68,20 +68,17 @@ def write_onnx(model: nn.Module, inputs: Inputs, shapes: tuple[dict[int, Any], .
         onnx.checker.check_model(str(path), full_check=True)
 
 
-def operators_of(path: Path) -> set[str]:
-    """Return the names of the operators in an ONNX file."""
+def nodes_of(path: Path) -> Any:
+    """Return the nodes of an ONNX file."""
     import onnx
 
-    return {node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node}
+    return onnx.load(str(path), load_external_data=False).graph.node
 
 
 def open_session(
     path: Path, threads: int | None = None, profile: Path | None = None, provider: str = "CPUExecutionProvider"
 ) -> Any:
-    """Return an InferenceSession of a file, by default with its own number of threads.
-
-    With `profile`, the beginning of a file name, it writes how long every operator takes.
-    """
+    """Return a file's InferenceSession; where `profile` begins a file name, it writes how long every operator takes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -100,11 +97,9 @@ def forward_in(session: Any, inputs: Inputs) -> Callable[[], Any]:
 
 def layers_of(path: Path, names: Collection[str]) -> dict[str, str]:
     """Return which of the named modules the nodes of an ONNX file, and the tensors that they make, belong to."""
-    import onnx
-
     found: dict[str, str] = {}
     convs: dict[str, str] = {}
-    for node in onnx.load(str(path), load_external_data=False).graph.node:
+    for node in nodes_of(path):
         scopes = next((item.value for item in node.metadata_props if item.key.endswith(".name_scopes")), "[]")
         owner = next((scope for scope in ast.literal_eval(scopes) if scope in names), None)
         if owner is not None:
@@ -146,8 +141,7 @@ def check_installed(what: str, extra: str, needed: Mapping[str, tuple[int, ...]]
 def widest_gap(expected: Any, found: Any) -> tuple[float, float]:
     """Return the difference of the output that is farthest from PyTorch's, and what is allowed there.
 
-    That is `_SAME`, or eight times the precision of the output's dtype, if that is more. The difference may be NaN, and
-    is infinite where numbers or sizes of outputs differ.
+    That is `_SAME`, or more for a coarse dtype. The difference may be NaN, and is infinite where outputs do not match.
     """
     ours, theirs = list_tensors(expected), list_tensors(found)
     if [one.shape for one in ours] != [other.shape for other in theirs]:
@@ -207,7 +201,6 @@ class Network:
         self._model, self._example, self._folder, self.dtype = model, example, folder, dtype
         self._copies: dict[tuple[MemoryFormat, str], nn.Module] = {}
         self.exporting = 0.0  # seconds that it took to write the ONNX file
-        self._unwritten: AsymswapError | None = None
         # As detectors do: which boxes they keep jumps where scores are close.
         self.takes_lists = any(isinstance(item, list) for item in example)
 
@@ -242,27 +235,29 @@ class Network:
         inputs = inputs_like(example, form, setting.batch)
         return self._copies[place], map_tensors(inputs, lambda one: one.to(setting.device))
 
-    def onnx(self) -> Path:
-        """Write the network's ONNX file, for any batch size, unless it is there; raise AsymswapError if impossible."""
-        path = self._folder / f"{id(self)}.onnx"
-        if not self.exporting and self._unwritten is None:
-            start = time.perf_counter()
-            try:
-                # With a single image, the batch would count as a number that never varies.
-                model, inputs = self.placed(Setting("", 2, 1, None))
-                if self.takes_lists:
-                    raise AsymswapError("models that take lists of images are not exported to ONNX")
-                dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in list_tensors(inputs)}
-                if not dtypes <= _ON_CPU:
-                    raise AsymswapError(f"ONNX is not given {', '.join(sorted(dtypes))} here")
-                batch = torch.export.Dim("batch")
-                write_onnx(model, inputs, tuple({0: batch} for _ in inputs), path)
-                self.exporting = time.perf_counter() - start
-            except AsymswapError as error:
-                self._unwritten = error
-        if self._unwritten is not None:
-            raise self._unwritten
+    @functools.cached_property
+    def _file(self) -> Path | AsymswapError:
+        """The network's ONNX file, or why it has none."""
+        start, path = time.perf_counter(), self._folder / f"{id(self)}.onnx"
+        # With a single image, the batch would count as a number that never varies.
+        model, inputs = self.placed(Setting("", 2, 1, None))
+        if self.takes_lists:
+            return AsymswapError("models that take lists of images are not exported to ONNX")
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in list_tensors(inputs)}
+        if not dtypes <= _ON_CPU:
+            return AsymswapError(f"ONNX is not given {', '.join(sorted(dtypes))} here")
+        try:
+            write_onnx(model, inputs, ({0: torch.export.Dim("batch")},) * len(inputs), path)
+        except AsymswapError as error:
+            return error
+        self.exporting = time.perf_counter() - start
         return path
+
+    def onnx(self) -> Path:
+        """Return the ONNX file, for any batch size, written at the first call; raise AsymswapError if impossible."""
+        if isinstance(self._file, AsymswapError):
+            raise self._file
+        return self._file
 
 
 class Runtime(ABC):
@@ -388,18 +383,15 @@ class OnnxRuntime(Runtime):
         return found
 
     def _session(self, path: Path, setting: Setting, profile: Path | None = None) -> Any:
-        return open_session(path, setting.threads, profile, self.provider(setting.device))
+        with failing_clearly(self.title):
+            return open_session(path, setting.threads, profile, self.provider(setting.device))
 
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
-        with failing_clearly(self.title):
-            session = self._session(network.onnx(), setting)
-        return forward_in(session, network.placed(setting)[1]), ""
+        return forward_in(self._session(network.onnx(), setting), network.placed(setting)[1]), ""
 
     def probe(self, network: Network, setting: Setting, names: Sequence[str]) -> Turn:
         path = network.onnx()
-        owners = layers_of(path, names)
-        with failing_clearly(self.title):
-            session = self._session(path, setting, path.with_suffix(""))
+        owners, session = layers_of(path, names), self._session(path, setting, path.with_suffix(""))
         run, number = forward_in(session, network.placed(setting)[1]), itertools.count()
 
         def measure() -> int:

@@ -4,25 +4,26 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
+_Z = NormalDist().inv_cdf(0.975)  # deviations of the normal distribution within which 95 % lie
 
-def wilson_interval(right: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of Wilson (1927, equation 4) for an accuracy with `right` of `images` sampled.
+
+def wilson_interval(right: int, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of Wilson (1927, equation 4) for an accuracy with `right` of `images` sampled.
 
     Unlike the usual one it stays within 0 and 1, and has a width if none or all are right.
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    fraction, spread = right / images, z * z / images
+    fraction, spread = right / images, _Z * _Z / images
     centre = (fraction + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(fraction * (1 - fraction) / images + spread / (4 * images))
+    half = _Z / (1 + spread) * math.sqrt(fraction * (1 - fraction) / images + spread / (4 * images))
     # At the ends the two are equal but for rounding.
     return 0.0 if right == 0 else max(0.0, centre - half), 1.0 if right == images else min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Return the normal interval of the mean of independent values; None for fewer than two."""
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the normal 95 % interval of the mean of independent values; None for fewer than two."""
     if len(values) < 2:
         return None
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
+    half = _Z * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
 
 

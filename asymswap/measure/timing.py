@@ -39,7 +39,6 @@ class Timing:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Raise AsymswapError for what cannot be measured."""
         check_choice("the runtime", self.runtime, TITLES)
         check_choice("the memory format", self.memory_format, get_args(MemoryFormat))
         if self.precision is not None:

@@ -16,6 +16,8 @@ from asymswap.replacements import Original
 from asymswap.types import Plan, Progress, Swap, silent
 from asymswap.utils.tensors import generator_for, side_by_side
 
+Statistics = Mapping[str, SiteStatistics]  # by the names of sites
+NO_STATISTICS: Statistics = {}
 _ROOM = 2**22  # numbers of a kernel, as of a dense 3x3 conv of 683 channels, whose eigensolvers take 200 MB and more
 
 
@@ -28,7 +30,7 @@ def apply_plan(
     model: nn.Module,
     plan: Plan,
     progress: Progress = silent,
-    statistics: Mapping[str, SiteStatistics] | None = None,
+    statistics: Statistics = NO_STATISTICS,
     unset: Set[str] = frozenset(),
     share: bool = False,
     weights: Literal["solved", "random", "unset"] = "solved",
@@ -52,7 +54,7 @@ def apply_plan(
             raise PlanError(f"the model has no batch norm {entry.absorbs!r}, which {entry.site!r} would take over")
         kind, settings = replacements.load_swap(entry)
         norm = None if entry.absorbs is None else cast(nn.BatchNorm2d, norms[entry.absorbs])
-        original = Original(conv, (statistics or {}).get(entry.site), norm)
+        original = Original(conv, statistics.get(entry.site), norm)
         every.append((entry, original, kind.build(read_conv(conv), settings)))
 
     def init(built: tuple[Swap, Original, nn.Module]) -> None:

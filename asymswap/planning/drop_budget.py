@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_left
+from bisect import insort_left
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
@@ -89,13 +89,12 @@ class Search:
 
     def add(self, fraction: float, loss: float) -> None:
         """Take a measured loss."""
-        loss = loss if math.isfinite(loss) else math.inf
-        self.tried.insert(bisect_left(self.tried, (fraction, loss)), (fraction, loss))
+        insort_left(self.tried, (fraction, loss if math.isfinite(loss) else math.inf))
 
     @property
     def best(self) -> tuple[float, float] | None:
         """The smallest fraction tried with at most the allowed loss, and its loss."""
-        return next(((fraction, loss) for fraction, loss in self.tried if loss <= self.allowed), None)
+        return next((trial for trial in self.tried if trial[1] <= self.allowed), None)
 
     @property
     def slope(self) -> float:

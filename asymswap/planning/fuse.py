@@ -5,7 +5,7 @@ comes first.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,18 +23,6 @@ from asymswap.utils.tensors import additions, eval_mode, hooked, meta_copy
 _WEAKEST = 1e-2  # share of the average scale: a batch norm's channel that scales by no more is not divided by
 
 
-@dataclass(frozen=True)
-class Fused:
-    """A model whose replacements have been fused, the plans of what is left, and what was done.
-
-    Without plans it has the structure of the original again.
-    """
-
-    model: nn.Module
-    plans: tuple[Plan, ...]
-    sites: tuple[FusionRow, ...]
-
-
 class _LeftError(Exception):
     """Why a replacement is left as it is."""
 
@@ -48,11 +36,12 @@ def fuse_model(
     separable: bool = False,
     max_offset: float | None = None,
     inputs: Inputs | None = None,
-) -> Fused:
-    """Fuse what can be fused in a copy of `model`, in eval mode; of the `original` only the structure counts.
+) -> tuple[nn.Module, tuple[Plan, ...], tuple[FusionRow, ...]]:
+    """Return a copy of `model` with all fused that can be, in eval mode, the plans of what is left, and what was done.
 
-    That is what fuses exactly and costs no more then; with `separable` pairs and crosses as well, whose one conv costs
-    more. Predicted offsets that stay below `max_offset` pixels on `inputs` are left out.
+    Without plans it has the structure of the `original` again, of which nothing else counts. Fused is what fuses
+    exactly and costs no more then; with `separable` also pairs and crosses, whose one conv costs more. Predicted
+    offsets that stay below `max_offset` pixels on `inputs` are left out.
     """
     structures = [meta_copy(original)]
     for plan in plans:
@@ -82,8 +71,8 @@ def fuse_model(
                     raise _LeftError("it is one conv already")
                 if not kind.settings.model_fields["allow_growth"].default and not separable:
                     raise _LeftError("one conv would cost more; `separable=True` fuses it nevertheless")
-                offset = None if max_offset is None else offsets.get(entry.site)
-                row, stay, new = _fuse_site(entry, model, before, norms[entry.site], offset, max_offset)
+                found = offsets.get(entry.site)
+                row, stay, new = _fuse_site(entry, model, before, norms[entry.site], found, max_offset)
             except _LeftError as reason:
                 row, stay, new = FusionRow(entry.site, entry.kind, "left", str(reason)), entry, {}
             results.append(row)
@@ -93,21 +82,15 @@ def fuse_model(
         model = swap(model, modules)
         rows = results + rows
         left.insert(0, replace(plan, swaps=tuple(stays)))
-    return Fused(model.eval(), tuple(plan for plan in left if plan.swaps), tuple(rows))
+    return model.eval(), tuple(plan for plan in left if plan.swaps), tuple(rows)
 
 
 def _fuse_site(
-    entry: Swap,
-    model: nn.Module,
-    before: nn.Module,
-    norm: str | None,
-    offset: float | None,
-    max_offset: float | None,
+    entry: Swap, model: nn.Module, before: nn.Module, norm: str | None, offset: float | None, max_offset: float | None
 ) -> tuple[FusionRow, Swap | None, dict[str, nn.Module]]:
-    """Return the row of one replacement, the swap that stays in the plan, and the modules to put in.
+    """Return the row of a replacement, the swap that stays in the plan, and the modules to put in; or _LeftError.
 
-    `before` is the structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the largest
-    predicted one. Raises _LeftError where it cannot be fused.
+    `before` is the structure before the swap, `norm` the batch norm that alone reads the conv, `offset` the largest.
     """
     kind, settings = replacements.load_swap(entry)
     module = model.get_submodule(entry.site)
@@ -181,8 +164,8 @@ def read_taps(
 def _put_back(fused: nn.Conv2d, conv: ConvSpec, like: nn.BatchNorm2d, block: nn.Module) -> nn.BatchNorm2d:
     """Return the batch norm behind a fused conv, in place of the bias that it has folded in; scale the conv in place.
 
-    The batch norm keeps the weight and the variance of the block's square branch, so that further training
-    starts from its scale; channels whose weight is next to nothing get a weight that does nothing instead.
+    It keeps weight and variance of the block's square branch, from whose scale further training starts; channels of
+    next to no weight get one that does nothing.
     """
     own = next(part for part in block.modules() if isinstance(part, nn.BatchNorm2d))
     norm = nn.BatchNorm2d(

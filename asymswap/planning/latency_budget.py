@@ -1,9 +1,8 @@
 """Plans under a budget of latency: a table of the seconds of each conv and its swaps in a runtime, then a check.
 
-The table has the seconds inside of the model for each form of conv and a grid of its options. It is kept in a file
-with a description of machine and runtime, since it takes some seconds to make. A plan by this table is then measured as
-a whole beside the original: swaps that have become slower are undone, and where the whole takes longer than the budget
-allows, the next plan gets less.
+The table has the seconds inside of the model for each form of conv and a grid of its options, and is kept in a file for
+each machine and runtime. A plan by this table is then measured as a whole beside the original: swaps that have become
+slower are undone, and where the whole takes longer than the budget allows, the next plan gets less.
 """
 
 import contextlib
@@ -14,14 +13,14 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
 from asymswap.errors import AsymswapError, OutputError, RecipeError
-from asymswap.measure.latency import Passes, Timed, in_format, machine, ratio_of, seconds_of, take_turns, time_layers
+from asymswap.measure.latency import Passes, Timed, best_of, in_format, machine, ratio_of, seconds_of, take_turns
 from asymswap.measure.runtimes import RUNTIMES, Network
 from asymswap.measure.timing import DTYPES, Timing
 from asymswap.planning.apply import apply_plan
@@ -58,11 +57,12 @@ class Bench:
                 self.version = turns[""].version
                 passes |= take_turns(turns, rounds=self._rounds, progress=self._progress)
             probes = {key: self.runtime.probe(network, self.setting, names) for key, network in networks.items()}
-            layers = time_layers(probes, rounds=self._rounds, progress=self._progress)
-        for name, seconds in layers.get("", next(iter(layers.values()))).modules.items():
+            layers = take_turns(probes, rounds=self._rounds, progress=self._progress)
+        best = {key: best_of(every) for key, every in layers.items()}
+        for name, seconds in best.get("", next(iter(best.values()))).modules.items():
             if not seconds > 0:
                 raise AsymswapError(f"{self.runtime.title} does not tell the time of {name}, or of what it is part of")
-        return passes, layers
+        return passes, best
 
 
 def plan_in_time(
@@ -148,10 +148,7 @@ def cache_folder() -> Path:
 
 
 def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
-    """Return latency in nanoseconds; for the whole model the convs' from the table and the rest's as timed now.
-
-    What the table's file lacks is timed, and written to it where it can be written.
-    """
+    """Return latency in nanoseconds: of convs by the table, whose file gets what it lacks, of the rest as timed now."""
     about = {**machine(), **vars(bench.setting), "version": bench.version, "precision": timing.precision}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = (timing.cache or cache_folder()) / f"latency-{digest}.json"
@@ -162,7 +159,7 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
     tries = _swaps_to_time(choices)
     sites = {site.name: site for site in choices.matched}
     if not all(
-        {"", *(_option_key(swap.kind, swap.settings) for swap, _ in some)} <= table.get(_form(sites[name]), {}).keys()
+        {"", *(_option_key(swap) for swap, _ in some)} <= table.get(_form(sites[name]), {}).keys()
         for name, some in tries.items()
     ):
         _fill(table, bench, sites, tries)
@@ -177,22 +174,15 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
 
     def seconds(site: Site, option: Option) -> float:
         """Return the seconds as timed, or between the two timed options with fewer and with more MACs."""
-        known = table[_form(site)]
-        exact = known.get(_option_key(option.kind, option.settings))
+        known, cost = table[_form(site)], option.cost.macs
+        exact = known.get(_option_key(option))
         if exact is not None:
             return exact[1]
-        entries = sorted(entry for key, entry in known.items() if key.startswith(f"{option.kind} "))
-        below = [entry for entry in entries if entry[0] <= option.cost.macs]
-        above = [entry for entry in entries if entry[0] > option.cost.macs]
-        if not below or not above:
-            # Beyond the grid: the nearest, or what grows with the MACs from there.
-            macs, nearest = (below or above)[-1 if below else 0]
-            return nearest * max(1.0, option.cost.macs / max(macs, 1))
-        (low, fast), (high, slow) = below[-1], above[0]
-        return fast + (slow - fast) * (option.cost.macs - low) / (high - low)
+        macs, timed = zip(*sorted(one for key, one in known.items() if key.startswith(f"{option.kind} ")), strict=True)
+        # Below the grid it is the nearest, beyond it what grows with the MACs from there.
+        return float(np.interp(cost, macs, timed) * max(1.0, cost / max(macs[-1], 1)))
 
     return CostModel(
-        "latency",
         round(1e9 * (rest + sum(map(keep, choices.matched)))),
         lambda site: round(1e9 * keep(site)),
         lambda site, option: round(1e9 * seconds(site, option)),
@@ -212,9 +202,7 @@ def _swaps_to_time(choices: Choices) -> dict[str, list[tuple[Swap, int]]]:
     return tries
 
 
-def _fill(
-    table: _Known, bench: Bench, sites: Mapping[str, Site], tries: Mapping[str, Sequence[tuple[Swap, int]]]
-) -> None:
+def _fill(table: _Known, bench: Bench, sites: Mapping[str, Site], tries: Mapping[str, list[tuple[Swap, int]]]) -> None:
     """Time all sites and the swaps that are tried at them, and put their seconds into the table."""
     models = {"": bench.original}
     timed = [(name, "", site.cost.macs, "") for name, site in sites.items()]
@@ -223,7 +211,7 @@ def _fill(
         swaps = [some[min(level, len(some) - 1)] for some in tries.values() if some]
         plan = Plan(tuple(swap for swap, _ in swaps))
         models[str(level)] = apply_plan(bench.original, plan, share=True, weights="random")
-        timed += [(swap.site, _option_key(swap.kind, swap.settings), macs, str(level)) for swap, macs in swaps]
+        timed += [(swap.site, _option_key(swap), macs, str(level)) for swap, macs in swaps]
     # Programs hold weights of their own: in turn they would take the memory of all.
     groups = [{key: one} for key, one in models.items()] if bench.runtime.takes_time else [models]
     found: dict[str, Timed] = {}
@@ -241,5 +229,5 @@ def _form(site: Site) -> str:
     return f"{site.conv} on {json.dumps(calls)}"
 
 
-def _option_key(kind: str, settings: Mapping[str, Any]) -> str:
-    return f"{kind} {json.dumps(dict(settings), sort_keys=True)}"
+def _option_key(one: Option | Swap) -> str:
+    return f"{one.kind} {json.dumps(dict(one.settings), sort_keys=True)}"

@@ -19,27 +19,21 @@ from torch import nn
 
 from asymswap import replacements
 from asymswap.errors import PlanError, RecipeError, near_names, validation_text
-from asymswap.factorize.statistics import SiteStatistics
-from asymswap.planning.apply import takes_room
+from asymswap.planning.apply import NO_STATISTICS, Statistics, takes_room
 from asymswap.planning.recipe import MEASURES, Budget, Recipe, Way
 from asymswap.replacements import Original, Replacement
 from asymswap.replacements._pairs import Pair, SettledPair, full_rank
-from asymswap.types import Candidate, Cost, Keep, Option, Plan, Progress, RankCost, Site, Swap, silent
+from asymswap.types import Candidate, Cost, Keep, Option, Plan, Progress, RankCost, Site, Swap
 from asymswap.utils.tensors import side_by_side
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What sites and their options cost, in whole units of what a budget bounds.
+    """What sites and their options cost, in whole units of what a budget bounds."""
 
-    `what` is its name in messages, `total` the cost of the whole original model; `keep(site)` is the cost of a site as
-    it is, `option(site, option)` that of its replacement.
-    """
-
-    what: str
-    total: int
-    keep: Callable[[Site], int]
-    option: Callable[[Site, Option], int]
+    total: int  # of the whole original model
+    keep: Callable[[Site], int]  # of a site as it is
+    option: Callable[[Site, Option], int]  # of its replacement
 
 
 def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
@@ -48,11 +42,8 @@ def counted_costs(budget: Budget | None, whole: Cost) -> CostModel:
     if budget is not None and (budget.max_drop is not None or measure == "latency"):
         what = "latency" if budget.max_drop is None else "loss"
         raise RecipeError(f"a budget of {what} needs measuring: use asymswap.convert")
-
-    count = attrgetter("params" if measure == "params" else "macs")
-    return CostModel(
-        MEASURES[measure], count(whole), lambda site: count(site.cost), lambda _, option: count(option.cost)
-    )
+    count = attrgetter(measure)
+    return CostModel(count(whole), lambda site: count(site.cost), lambda _, option: count(option.cost))
 
 
 @dataclass(frozen=True)
@@ -65,10 +56,10 @@ class Matched:
     ways: tuple[Way, ...]
 
     def settle(self, choosing: bool) -> list[Option] | Option | Keep:
-        """Return the option that the rule's own settings ask for: that of the first way that pays, else keep the site.
+        """Return the option of the first way that pays, by the rule's own settings, or else keep the site.
 
-        Where a budget is `choosing`, return instead what pays, of all ways. Among several ways, one whose settings the
-        conv cannot have offers nothing; raises RecipeError where it is the only one.
+        Where a budget is `choosing`, return all that pay. A way whose settings the conv cannot have offers nothing;
+        raises RecipeError where it is the only one.
         """
         found: list[Option] = []
         reasons = {}
@@ -114,32 +105,24 @@ def saves(new: Cost, old: Cost) -> bool:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a recipe leaves to a budget, by the names of sites: those `left_open`, each with all its options.
-
-    `fixed` has the sites whose size a rule gives, each with its option, `keeps` those that stay; `matched` are the
-    sites that a rule swaps and one of its kinds accepts.
-    """
+    """What a recipe leaves to a budget, by the names of sites."""
 
     sites: Sequence[Site]
     recipe: Recipe
-    matched: Sequence[Site]
-    left_open: Mapping[str, tuple[Matched, Sequence[Option]]]
-    fixed: Mapping[str, tuple[Matched, Option]]
+    matched: Sequence[Site]  # those that a rule swaps and one of its kinds accepts
+    left_open: Mapping[str, tuple[Matched, Sequence[Option]]]  # each with all its options
+    fixed: Mapping[str, tuple[Matched, Option]]  # those whose size a rule gives
     keeps: Mapping[str, Keep]
 
 
 def find_choices(
-    model: nn.Module,
-    sites: Sequence[Site],
-    recipe: Recipe,
-    progress: Progress = silent,
-    statistics: Mapping[str, SiteStatistics] | None = None,
+    model: nn.Module, sites: Sequence[Site], recipe: Recipe, progress: Progress, statistics: Statistics = NO_STATISTICS
 ) -> Choices:
     """Decide all that does not depend on the budget, and settle all settings; nothing is changed.
 
     Raises RecipeError for a rule that matches nothing, or a setting that a matched conv cannot have.
     """
-    decisions = _decide(model, sites, recipe, statistics or {})
+    decisions = _decide(model, sites, recipe, statistics)
     keeps = {decision.site: decision for decision in decisions if isinstance(decision, Keep)}
     matched = [decision for decision in decisions if isinstance(decision, Matched)]
     results = side_by_side(
@@ -185,7 +168,7 @@ def choose(
                 left, ask = f"{1e-6 * least:.3g} ms", f"{math.ceil(1.01e-4 * least) / 100:g}ms"
             raise RecipeError(
                 f"the budget of {budget} cannot be reached: the matched convs hold {matched / costs.total:.1%} of "
-                f"the model's {costs.what}, and with the smallest swap everywhere {left} is left"
+                f"the model's {MEASURES[budget.measure]}, and with the smallest swap everywhere {left} is left"
                 + (f"; ask for at least {ask}" if least < whole else ", since none is faster than its conv")
                 + (", or match more convs" if budget.over == "model" else "")
                 + ("; a busy machine makes latency hard to measure" if budget.latency is not None else "")
@@ -231,9 +214,7 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
     return found
 
 
-def _decide(
-    model: nn.Module, sites: Sequence[Site], recipe: Recipe, statistics: Mapping[str, SiteStatistics]
-) -> list[Matched | Keep]:
+def _decide(model: nn.Module, sites: Sequence[Site], recipe: Recipe, statistics: Statistics) -> list[Matched | Keep]:
     """Return for each site how its rule can swap it, or why it stays; raises RecipeError as `find_rule` does."""
     decisions: list[Matched | Keep] = []
     for site, index in zip(sites, find_rule(sites, recipe).values(), strict=True):
@@ -249,9 +230,12 @@ def _decide(
             why = join_reasons({kind: str(why) for kind, why in found.items()})
             decisions.append(Keep(site.name, f"{rule}, but {why}"))
         else:
-            original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics.get(site.name))
-            decisions.append(Matched(site, original, rule, ways))
+            decisions.append(Matched(site, _original(model, site, statistics), rule, ways))
     return decisions
+
+
+def _original(model: nn.Module, site: Site, statistics: Statistics = NO_STATISTICS) -> Original:
+    return Original(cast(nn.Conv2d, model.get_submodule(site.name)), statistics.get(site.name))
 
 
 def _at_site(model: nn.Module, site: Site, way: Way) -> Way | str:
@@ -283,11 +267,10 @@ def plan_from_json(value: Any, where: str) -> Plan:
     """Check plan data from outside, JSON text or its value, down to each kind's settings; raises PlanError."""
     try:
         plan = TypeAdapter(Plan).validate_json(value if isinstance(value, str | bytes) else json.dumps(value))
-    except ValidationError as error:
-        keys = sorted({item.name for cls in (Plan, Swap, Keep) for item in dataclasses.fields(cls)})
-        raise PlanError(f"{where} is not a plan: {validation_text(error, keys)}") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise PlanError(f"{where} is not a plan: {error}") from None
+        keys = sorted({item.name for cls in (Plan, Swap, Keep) for item in dataclasses.fields(cls)})
+        reason = validation_text(error, keys) if isinstance(error, ValidationError) else error
+        raise PlanError(f"{where} is not a plan: {reason}") from None
     seen = Counter([swap.site for swap in plan.swaps] + [keep.site for keep in plan.keeps])
     twice = next((name for name, times in seen.items() if times > 1), None)
     if twice is not None:
@@ -313,12 +296,10 @@ def check_not_empty(plan: Plan, recipe: Recipe) -> None:
 
 def matched_sites(model: nn.Module, sites: Sequence[Site], recipe: Recipe) -> list[Site]:
     """Return the sites that the recipe's rules may swap: those whose statistics are needed."""
-    return [found.site for found in _decide(model, sites, recipe, {}) if isinstance(found, Matched)]
+    return [found.site for found in _decide(model, sites, recipe, NO_STATISTICS) if isinstance(found, Matched)]
 
 
-def check_replay(
-    model: nn.Module, sites: Sequence[Site], plan: Plan, statistics: Mapping[str, SiteStatistics] | None = None
-) -> Plan:
+def check_replay(model: nn.Module, sites: Sequence[Site], plan: Plan, statistics: Statistics = NO_STATISTICS) -> Plan:
     """Fit a plan from elsewhere to this model: settle settings and errors again, keep sites that it does not name.
 
     Raises PlanError for a site that the model lacks, that cannot be swapped so, or that would cost more although the
@@ -342,7 +323,7 @@ def check_replay(
             if swap.absorbs not in (None, way.absorbs):
                 instead = f"only {way.absorbs!r}" if way.absorbs else "no batch norm"
                 raise RecipeError(f"it says absorbs = {swap.absorbs!r}, where {instead} can be taken over")
-            original = Original(cast(nn.Conv2d, model.get_submodule(site.name)), (statistics or {}).get(site.name))
+            original = _original(model, site, statistics)
             option = way.kind.resolve(site, original, asked.settings)
             if not (asked.settings.allow_growth or saves(option.cost, site.cost)):
                 meant = 'where that is meant, give it "allow_growth": true among its settings'
@@ -356,10 +337,7 @@ def check_replay(
 
 
 def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | None) -> list[Candidate]:
-    """Return every site, in order, as a candidate for the first kind that could gain something there.
-
-    With a recipe, only what its rules swap is a candidate.
-    """
+    """Return every site in order, with the first kind, of those of its rule in a recipe, that could gain there."""
     rules = find_rule(sites, recipe) if recipe is not None else {}
     candidates = []
     for site in sites:
@@ -379,7 +357,6 @@ def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | No
 
 
 def _candidate(model: nn.Module, site: Site, way: Way) -> Candidate:
-    """Return what a kind could do at a site."""
     kind = way.kind
     reason = refusal_of(site, kind)
     if reason is not None or (kind.SIZES and not isinstance(kind, Pair)):
@@ -388,7 +365,7 @@ def _candidate(model: nn.Module, site: Site, way: Way) -> Candidate:
         # What approximates the conv is resolved from its weights, which would take as long as a plan.
         if kind.preserves(site.conv, way.settings):
             try:
-                kind.resolve(site, Original(cast(nn.Conv2d, model.get_submodule(site.name))), way.settings)
+                kind.resolve(site, _original(model, site), way.settings)
             except RecipeError as error:
                 return Candidate(site, str(error), kind=kind.name)
         return Candidate(site, kind=kind.name, becomes=kind.cost(site, way.settings))
@@ -425,12 +402,11 @@ class Point(NamedTuple):
 def allocate(curves: Sequence[Sequence[Point]], limit: int) -> tuple[tuple[int, ...], float]:
     """Choose a point of every curve such that costs sum to at most `limit`, which the cheapest points do not exceed.
 
-    Returns their indices, and the multiplier: the error that one more unit of cost would save.
-
-    The sum of errors is to be small. Minimising `error + multiplier * cost` at each site alone, with one multiplier for
-    all, is optimal on the lower convex hulls of the curves (Shoham and Gersho, 1988, eq. 8). So from the cheapest point
-    of every site we walk down the hulls, the step that buys the most error per cost first. What is left of the budget
-    is smaller than one step, and is then spent on points off the hulls.
+    Returns their indices, and the multiplier: the error that one more unit of cost would save. For the smallest sum of
+    errors, minimising `error + multiplier * cost` at each site alone, with one multiplier for all, is optimal on the
+    lower convex hulls of the curves (Shoham and Gersho, 1988, eq. 8). So from the cheapest points we walk down the
+    hulls, the step that buys the most error per cost first. What is left is smaller than one step, and is then spent on
+    points off the hulls.
     """
     # Of every curve the points that are better than all cheaper ones, and those of them on its hull, by rising cost.
     ladders: list[list[int]] = []

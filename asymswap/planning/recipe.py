@@ -1,19 +1,8 @@
 """Recipes: strict TOML that says which convs are swapped, by which kind, and what the result may cost.
 
-    summary = "Dense 3x3 convs become 3x1 + 1x3 pairs"
-
-    [[rules]]
-    match = { kernel = "3x3", groups = "dense", in_channels = { min = 16 } }
-    swap = { kind = "separable" }
-
-    [budget]
-    macs = 0.5
-    over = "matched"
-
-The first rule whose `match` a conv meets decides about it. Of several kinds in `swap` that can take the conv, a budget
-takes what loses least; with no budget the first that saves something wins. Sizes are written "3x3", or 3 for both
-sides; a list means any of them; a range { min = …, max = … } includes its ends, and for sizes holds for both sides.
-Globs match whole names.
+docs/reference/recipes.md tells how they are written. The first rule whose `match` a conv meets decides about it. Of
+several kinds in `swap` that can take the conv, a budget takes what loses least; with no budget the first that saves
+something wins.
 
 A stage is made of the convs whose output has the same number of pixels; sizes count at which a kernel of more than one
 tap runs, among the convs that `names` and `exclude` leave. `stage = "last"` is the smallest of them (the bottom of a
@@ -33,17 +22,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetJsonSchemaHandler,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import CoreSchema
 
 from asymswap import replacements
@@ -77,7 +57,7 @@ def _check_word(word: str) -> str:
 class _OrOne:
     """Allows in the JSON Schema one item in place of a list, or a number in place of a range."""
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> Any:
         several = handler(schema)
         return {"anyOf": [several.get("items", {"type": "number"}), several]}
 
@@ -87,8 +67,7 @@ Glob = Annotated[str, Field(max_length=1000)]
 Globs = Annotated[tuple[Glob, ...], BeforeValidator(_as_tuple), Field(max_length=10_000), _OrOne()]
 Word = Annotated[str, Field(json_schema_extra={"enum": sorted(vocabulary.WORDS)}), BeforeValidator(_check_word)]
 Words = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple), _OrOne()]
-Grouping = Literal["dense", "grouped", "depthwise"]
-Groupings = Annotated[tuple[Grouping, ...], BeforeValidator(_as_tuple), _OrOne()]
+Groupings = Annotated[tuple[Literal["dense", "grouped", "depthwise"], ...], BeforeValidator(_as_tuple), _OrOne()]
 Position = Literal["first", "inner", "last"]
 Positions = Annotated[tuple[Position, ...], BeforeValidator(_as_tuple), _OrOne()]
 Group = Literal["Smaller and faster", "Stronger in training, same cost afterwards", "Learned sampling"]
@@ -129,8 +108,8 @@ class SizeRange(_Strict):
 
 AnyOf = Annotated[tuple[Pair, ...], BeforeValidator(_as_tuple), _OrOne()]
 Sizes = Annotated[
-    Annotated[SizeRange, Tag("range")] | Annotated[AnyOf, Tag("any of")],
-    Discriminator(lambda value: "range" if isinstance(value, dict | SizeRange) else "any of"),
+    Annotated[SizeRange, pydantic.Tag("range")] | Annotated[AnyOf, pydantic.Tag("any of")],
+    pydantic.Discriminator(lambda value: "range" if isinstance(value, dict | SizeRange) else "any of"),
 ]
 Numbers = Annotated[
     Range,
@@ -224,14 +203,11 @@ def _matches(globs: tuple[str, ...]) -> Callable[[str], bool]:
 
 @dataclass(frozen=True)
 class Way:
-    """One kind by which a conv can be swapped, with the settings that a rule asks for, checked.
-
-    At a site, `absorbs` is the batch norm that the replacement takes over.
-    """
+    """One kind by which a conv can be swapped, with the settings that a rule asks for, checked."""
 
     kind: Replacement
     settings: KindSettings
-    absorbs: str | None = None
+    absorbs: str | None = None  # at a site: the batch norm that the replacement takes over
 
     @property
     def lacks_size(self) -> bool:
@@ -433,14 +409,12 @@ def _overridden(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str
     """Put the user's `overrides` into a recipe that has been read but not checked.
 
     `budget.macs` (and so on) and `budget.over` change the budget, of which one measure is left; any other key goes into
-    every rule that swaps by a kind with such a setting. A size there replaces the rule's own size, and the budget where
-    no rule is left for it. Settings come first, then the last measure, then `over`, in whatever order they are given.
-    Raises RecipeError for a key that no rule takes.
+    every rule that swaps by a kind with such a setting. A size replaces the rule's own, and the budget where no rule is
+    left for it. Settings come first, then the last measure, then `over`, in whatever order they are given.
     """
     given, budget = value.get("rules"), value.get("budget")
-    if not isinstance(given, list) or not all(
-        isinstance(one, dict) for one in (*given, {} if budget is None else budget)
-    ):
+    tables = [] if budget is None else [budget]
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given + tables):
         # The check of the whole says what is wrong with the rules, or the budget.
         return value
     rules = [{**rule, "swap": copy.deepcopy([*_as_tuple(rule.get("swap", ()))])} for rule in given]

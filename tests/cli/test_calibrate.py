@@ -92,7 +92,7 @@ def test_an_statistics_file_that_cannot_be_written_is_told_before_the_pass(
     def gather(*_: Any, **__: Any) -> Any:
         raise AssertionError("gathered for nothing")
 
-    monkeypatch.setattr("asymswap.calibration.calibrate.gather", gather)
+    monkeypatch.setattr("asymswap.calibration.gather.gather", gather)
     assert "the folder nowhere does not exist" in refusal(
         *TWO, "--calibrate", "digits", "--calibration-cache", "nowhere/e.safetensors"
     )

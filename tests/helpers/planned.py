@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.planning.plan import choose, counted_costs, find_choices
 from asymswap.planning.recipe import Recipe
-from asymswap.types import Cost, Plan, Site
+from asymswap.types import Cost, Plan, Site, silent
 from asymswap.utils.inputs import Inputs
 
 
@@ -22,7 +22,7 @@ def make_plan(
     statistics: Mapping[str, SiteStatistics] | None = None,
 ) -> Plan:
     """Decide about every site and share a budget of MACs, parameters or error; `total` is the whole model's cost."""
-    choices = find_choices(model, sites, recipe, statistics=statistics)
+    choices = find_choices(model, sites, recipe, silent, statistics or {})
     return choose(choices, counted_costs(recipe.budget, total))
 
 

@@ -25,7 +25,7 @@ from asymswap.planning.plan import (
 )
 from asymswap.planning.recipe import parse_recipe
 from asymswap.replacements import load_swap
-from asymswap.types import Keep, Plan, Swap
+from asymswap.types import Keep, Plan, Swap, silent
 
 INPUTS = (torch.empty(1, 3, 32, 32),)
 
@@ -269,7 +269,7 @@ def test_where_every_open_site_is_undone_only_the_fixed_ones_are_swapped(resnet:
     fixed = '[[rules]]\nmatch = { names = "layer*" }\nswap = { kind = "separable", rank = 1 }\n'
     left_open = '[[rules]]\nmatch = { names = "conv1" }\nswap = { kind = "separable" }\n'
     recipe = parse_recipe(f"{fixed}{left_open}[budget]\nmacs = 0.9\n", "r")
-    choices = find_choices(resnet, traced.sites, recipe)
+    choices = find_choices(resnet, traced.sites, recipe, silent)
     total = count_costs(resnet, INPUTS).total
     plan = choose(choices, counted_costs(None, total), undone={"conv1": "it was slower"})
     assert {swap.site for swap in plan.swaps} == {site.name for site in traced.sites} - {"conv1"}
