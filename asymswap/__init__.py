@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from asymswap.api.finetune import finetune as finetune
     from asymswap.api.fuse import Fusion as Fusion
     from asymswap.api.fuse import fuse as fuse
+    from asymswap.api.fuse import offsets as offsets
     from asymswap.api.fuse import save_fused as save_fused
-    from asymswap.api.load import load as load
-    from asymswap.api.offsets import offsets as offsets
     from asymswap.api.sweep import sweep as sweep
     from asymswap.calibration.config import Calibration as Calibration
     from asymswap.data.metrics import Metric as Metric
     from asymswap.errors import AsymswapError as AsymswapError
     from asymswap.measure.timing import Timing as Timing
+    from asymswap.models.converted import load as load
     from asymswap.models.opened import OpenedModel as OpenedModel
     from asymswap.models.opening import open_model as open_model
     from asymswap.models.preprocessing import PreprocessingOptions as PreprocessingOptions
@@ -48,13 +48,12 @@ _HOMES = {
     "api.evaluate": ["evaluate"],
     "api.export": ["as_yolo", "export"],
     "api.finetune": ["FineTuned", "finetune"],
-    "api.fuse": ["Fusion", "fuse", "save_fused"],
-    "api.load": ["load"],
-    "api.offsets": ["offsets"],
+    "api.fuse": ["Fusion", "fuse", "offsets", "save_fused"],
     "api.sweep": ["sweep"],
     "calibration.config": ["Calibration"],
     "data.metrics": ["Metric"],
     "errors": ["AsymswapError"],
+    "models.converted": ["load"],
     "models.opened": ["OpenedModel"],
     "models.opening": ["open_model"],
     "models.preprocessing": ["PreprocessingOptions"],

@@ -35,7 +35,7 @@ def show(
         if draw is not None:
             o.check_picture("--draw", draw, force)
         with common.progress() as step:
-            from asymswap.api.offsets import offsets as find_offsets
+            from asymswap.api.fuse import offsets as find_offsets
             from asymswap.reporting import offsets as views
 
             common.check_images(data)
