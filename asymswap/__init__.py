@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from asymswap.api.evaluate import evaluate
     from asymswap.api.export import as_yolo, export
     from asymswap.api.finetune import FineTuned, finetune
-    from asymswap.api.fuse import Fusion, fuse, save_fused
-    from asymswap.api.load import load
-    from asymswap.api.offsets import offsets
+    from asymswap.api.fuse import Fusion, fuse, offsets, save_fused
     from asymswap.api.sweep import sweep
     from asymswap.calibration.config import Calibration
     from asymswap.data.metrics import Metric
     from asymswap.errors import AsymswapError
     from asymswap.measure.timing import Timing
+    from asymswap.models.converted import load
     from asymswap.models.opened import OpenedModel
     from asymswap.models.opening import open_model
     from asymswap.models.preprocessing import PreprocessingOptions
@@ -40,13 +39,12 @@ _HOMES = {
     "api.evaluate": ["evaluate"],
     "api.export": ["as_yolo", "export"],
     "api.finetune": ["FineTuned", "finetune"],
-    "api.fuse": ["Fusion", "fuse", "save_fused"],
-    "api.load": ["load"],
-    "api.offsets": ["offsets"],
+    "api.fuse": ["Fusion", "fuse", "offsets", "save_fused"],
     "api.sweep": ["sweep"],
     "calibration.config": ["Calibration"],
     "data.metrics": ["Metric"],
     "errors": ["AsymswapError"],
+    "models.converted": ["load"],
     "models.opened": ["OpenedModel"],
     "models.opening": ["open_model"],
     "models.preprocessing": ["PreprocessingOptions"],

@@ -13,16 +13,7 @@ from torch import nn
 import asymswap
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.errors import AsymswapError, check_choice
-from asymswap.measure.latency import (
-    MOST_SECONDS,
-    Bystanders,
-    Passes,
-    machine,
-    ratio_of,
-    seconds_of,
-    take_turns,
-    time_models,
-)
+from asymswap.measure.latency import MOST_SECONDS, Bystanders, machine, ratio_of, seconds_of, take_turns, time_models
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, prepare_all
 from asymswap.measure.timing import DTYPES, MemoryFormat, Precision, Timing
@@ -30,10 +21,8 @@ from asymswap.models.opened import OpenedModel, costs_of, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import TITLES, Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.results.convert import LatencyRow, TimeRow
-from asymswap.types import Progress, Ratio, Seconds, silent
+from asymswap.types import Progress
 from asymswap.utils.tensors import on_threads
-
-FORMATS: tuple[MemoryFormat, ...] = ("channels-last", "contiguous")
 
 
 @shows_progress
@@ -43,7 +32,7 @@ def benchmark(
     runtimes: Sequence[str] = ("torch",),
     batches: Sequence[int] = (1,),
     threads: Sequence[int] | None = None,
-    memory_formats: Sequence[MemoryFormat] = FORMATS,
+    memory_formats: Sequence[MemoryFormat] = ("channels-last", "contiguous"),
     precision: Precision | None = None,
     rounds: int = 20,
     seconds: float = 60.0,
@@ -61,12 +50,10 @@ def benchmark(
     PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError where a model cannot be
     opened, and where nothing can be run.
     """
-    if precision is not None:
-        check_choice("the precision", precision, get_args(Precision))
     for runtime in runtimes:
         check_choice("the runtime", runtime, TITLES)
     for form in memory_formats:
-        check_choice("the memory format", form, FORMATS)
+        check_choice("the memory format", form, get_args(MemoryFormat))
     threads = threads or (torch.get_num_threads(),)
     if min(*batches, *threads, 1) < 1 or not (runtimes and batches and memory_formats):
         raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
@@ -74,42 +61,43 @@ def benchmark(
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
+    timing = Timing(rounds=rounds, precision=precision)
     opened = [open_for_verb(model, progress, input_size, example_inputs) for model in models]
     device = str(opened[0].device or "cpu")
     # Each once, for some runtimes have a memory format of their own.
-    settings = tuple(
-        dict.fromkeys(
-            Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None, device=device)
-            for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
-        )
+    every = (
+        Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None, device=device)
+        for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
     )
+    settings = tuple(dict.fromkeys(every))
     costs = tuple(cost_row(one) for one in opened)
-    found = _InTurn(opened, settings, rounds, seconds, progress, precision)
-    if not found.timed:
-        raise AsymswapError("; ".join(dict.fromkeys(result.failure or "" for result in found.results.values())))
+    found, networks, others = _measure(opened, settings, timing, progress, seconds)
+    results = tuple(found.values())
+    if not any(result.rounds for result in results):
+        raise AsymswapError("; ".join(dict.fromkeys(result.failure or "" for result in results)))
     measured = []
     for number in range(1, len(opened)) if layers else ():
         # In the first setting of eager PyTorch in which both run.
         eager = (place for place, setting in enumerate(settings) if setting.runtime == "torch")
-        place = next((place for place in eager if {(0, place), (number, place)} <= found.timed.keys()), None)
+        place = next((place for place in eager if found[0, place].rounds and found[number, place].rounds), None)
         if place is not None:
-            both = (opened[0], found.networks[0]), (opened[number], found.networks[number])
+            both = (opened[0], networks[0]), (opened[number], networks[number])
             measured.append(Layers(number, place, *_time_layers(both, settings[place], rounds, seconds, progress)))
-    results, about = tuple(found.results.values()), machine()
+    about = machine()
     return Benchmark(
         asymswap=asymswap.__version__,
         models=costs,
         settings=settings,
         results=results,
         layers=tuple(measured),
-        gains=tuple(_gains(settings, found.timed)),
+        gains=tuple(_gains(settings, found)),
         dtype=DTYPES[precision]
         if precision
         else ", ".join(dict.fromkeys(str(one.dtype()).removeprefix("torch.") for one in opened)),
         machine=about["processor"],
         cores=about["cores"],
-        rounds=len(next(iter(found.timed.values()))),
-        others=found.others,
+        rounds=max(len(result.rounds) for result in results),
+        others=others,
         versions=tuple(dict.fromkeys((RUNTIMES["torch"].version(), *(one.version for one in results if one.version)))),
         warnings=input_warnings(*opened),
     )
@@ -122,56 +110,44 @@ def cost_row(opened: OpenedModel) -> BenchmarkedModel:
     return BenchmarkedModel(opened.reference, origin, opened.weights, opened.takes(), costs.total, notes)
 
 
-class _InTurn:
-    """Models timed in settings, all in turn: the results in the order of the settings, and the rounds of each."""
-
-    def __init__(
-        self,
-        opened: Sequence[OpenedModel],
-        settings: Sequence[Setting],
-        rounds: int,
-        seconds: float,
-        progress: Progress,
-        precision: Precision | None = None,
-    ) -> None:
-        dtype = precision and getattr(torch, DTYPES[precision])
-        with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
-            self.networks = [Network(one.model, one.example(), Path(folder), dtype) for one in opened]
-            turns, failures = prepare_all(self.networks, settings, progress)
-            watched = Bystanders()
-            timed = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress) if turns else {}
-        self.timed, self.others = timed, watched.cores()
-        self.results: dict[Key, Result] = {}
-        for place, number in itertools.product(range(len(settings)), range(len(opened))):
-            key, first = (number, place), timed.get((0, place))
-            result = Result(number, place, failure=failures.get(key))
-            if key in timed:
-                figures = seconds_of(timed[key])
-                result = replace(
-                    result,
-                    seconds=figures,
-                    images_per_second=settings[place].batch / figures.median if figures.median else None,
-                    ratio=ratio_of(timed[key], first) if number and first is not None else None,
-                    ready=turns[key].ready,
-                    rounds=tuple(min(passes) for passes in timed[key]),
-                    version=turns[key].version,
-                )
-            self.results[key] = result
+def _measure(
+    opened: Sequence[OpenedModel], settings: Sequence[Setting], timing: Timing, progress: Progress, seconds: float
+) -> tuple[dict[Key, Result], list[Network], float | None]:
+    """Time models in settings, all in turn; return results, setting by setting, the networks, and cores kept busy."""
+    dtype = timing.precision and getattr(torch, DTYPES[timing.precision])
+    with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
+        networks = [Network(one.model, one.example(), Path(folder), dtype) for one in opened]
+        turns, failures = prepare_all(networks, settings, progress)
+        watched = Bystanders()
+        timed = take_turns(turns, rounds=timing.rounds, seconds=seconds, progress=progress) if turns else {}
+    others = watched.cores()
+    results: dict[Key, Result] = {}
+    for place, number in itertools.product(range(len(settings)), range(len(opened))):
+        key, first = (number, place), timed.get((0, place))
+        results[key] = Result(number, place, failure=failures.get(key))
+        if key in timed:
+            figures = seconds_of(timed[key])
+            results[key] = Result(
+                number,
+                place,
+                figures,
+                images_per_second=settings[place].batch / figures.median if figures.median else None,
+                ratio=ratio_of(timed[key], first) if number and first is not None else None,
+                ready=turns[key].ready,
+                rounds=tuple(min(passes) for passes in timed[key]),
+                version=turns[key].version,
+            )
+    return results, networks, others
 
 
-def time_in_turn(
-    opened: Sequence[OpenedModel], timing: Timing, progress: Progress = silent
-) -> list[tuple[Seconds | None, Ratio | None]]:
-    """Time models in one setting: the seconds of each, and the ratio to the first one's.
-
-    Raises AsymswapError, with the reason, where one of them cannot be run.
-    """
+def time_in_turn(opened: Sequence[OpenedModel], timing: Timing, progress: Progress) -> list[Result]:
+    """Time models in one setting; raise AsymswapError, with the reason, where one of them cannot be run."""
     setting = RUNTIMES[timing.runtime].setting(timing)
-    results = _InTurn(opened, [setting], timing.rounds, MOST_SECONDS, progress, timing.precision).results.values()
+    results = list(_measure(opened, [setting], timing, progress, MOST_SECONDS)[0].values())
     for one, result in zip(opened, results, strict=True):
         if result.failure is not None:
             raise AsymswapError(f"{one.reference} in {TITLES[timing.runtime]}: {result.failure}")
-    return [(result.seconds, result.ratio) for result in results]
+    return results
 
 
 _OTHERS = ("torch", "onnxruntime", "openvino")
@@ -179,24 +155,23 @@ _OTHERS = ("torch", "onnxruntime", "openvino")
 
 
 def time_conversion(
-    opened: OpenedModel, converted: nn.Module, timing: Timing, known: LatencyRow | None, progress: Progress = silent
+    opened: OpenedModel, converted: nn.Module, timing: Timing, known: LatencyRow | None, progress: Progress
 ) -> LatencyRow:
     """Time a model before and after, in the runtime of `timing` and in others that are installed, all in turn.
 
     `known` is what the planning under a budget of latency has measured already.
     """
     done = [] if known is None else [row.runtime for row in known.times]
-    names = [name for name in dict.fromkeys((timing.runtime, *_OTHERS)) if name not in done]
     if timing.runtime not in done:
         RUNTIMES[timing.runtime].version()  # raises where what was asked for is not there
-    names = installed(names)
+    names = installed([name for name in dict.fromkeys((timing.runtime, *_OTHERS)) if name not in done])
     both, settings = [opened, replace(opened, model=converted)], [RUNTIMES[name].setting(timing) for name in names]
-    found = _InTurn(both, settings, timing.rounds, MOST_SECONDS, progress, timing.precision).results
-    rows = []
-    for place, name in enumerate(names):
-        before, after = found[0, place], found[1, place]
-        failure = after.failure or before.failure
-        rows.append(TimeRow(name, after.version, before.seconds, after.seconds, after.ratio, failure))
+    found = _measure(both, settings, timing, progress, MOST_SECONDS)[0]
+    pairs = ((name, found[0, place], found[1, place]) for place, name in enumerate(names))
+    rows = [
+        TimeRow(name, after.version, before.seconds, after.seconds, after.ratio, after.failure or before.failure)
+        for name, before, after in pairs
+    ]
     if known is not None:
         return replace(known, times=(*known.times, *rows))
     setting = RUNTIMES["torch"].setting(timing)
@@ -228,18 +203,18 @@ def _time_layers(
     return tuple(rows), LayerRow("outside of them", first.rest, own.rest, *left)
 
 
-def _gains(settings: Sequence[Setting], timed: Mapping[Key, Passes]) -> Iterator[Gain]:
+def _gains(settings: Sequence[Setting], found: Mapping[Key, Result]) -> Iterator[Gain]:
     """Yield where one memory format is significantly faster than the other."""
-    for number, place in timed:
+    for (number, place), result in found.items():
         other = replace(settings[place], memory_format="contiguous")
         if settings[place].memory_format != "channels-last" or other not in settings:
             continue
-        key = number, settings.index(other)
-        if key in timed:
-            ratio = ratio_of(timed[number, place], timed[key])
+        beside = found[number, settings.index(other)]
+        if result.rounds and beside.rounds:
+            ratio = ratio_of(*([[best] for best in one.rounds] for one in (result, beside)))
             if ratio.is_significant:
                 faster = ratio.value < 1
-                yield Gain(number, place if faster else key[1], 1 / ratio.value if faster else ratio.value)
+                yield Gain(number, (result if faster else beside).setting, 1 / ratio.value if faster else ratio.value)
 
 
 def shared_layers(first: nn.Module, other: nn.Module) -> list[str]:

@@ -22,6 +22,7 @@ from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, input_warnings
 from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
+from asymswap.results.benchmark import Result
 from asymswap.results.evaluate import ComparedRow, Comparison, OutputGap, Score, TimingRow
 from asymswap.utils.inputs import Inputs, placed, portions
 from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
@@ -57,7 +58,7 @@ def compare(
     if data is not None:
         opened = [one.on_device(choose=against_original or isinstance(data, str)) for one in opened]
     opened, evaluators = settle_each(opened, data, against_original)
-    description, total, outputs_on = None, None, f"{_RANDOM} random images (seed {seed})"
+    total, outputs_on = None, f"{_RANDOM} random images (seed {seed})"
     inputs = [one.probe(_RANDOM, seed) for one in opened]
     if isinstance(data, str) and paired_kind(data) is None and not crop_border and not evaluators:
         sets = [open_data(data, one.preprocessing, "test") for one in opened]
@@ -71,19 +72,19 @@ def compare(
         raise AsymswapError("`images=…` chooses of labelled images, `data=…`; leave it out")
     elif data is not None and not evaluators:
         evaluators += [evaluator_of(data, one, crop_border) for one in opened]
-    if evaluators:
-        description = evaluators[0].description
     costs = [cost_row(one) for one in opened]
-    timed: list[Any] = [(None, None)] * len(opened)
+    measured: TimingRow | None = None
+    timed = [Result(number, 0) for number in range(len(opened))]
     if timing is not None:
         timed = time_in_turn(opened, timing, progress)
+        setting = RUNTIMES[timing.runtime].setting(timing)
+        measured = TimingRow(**vars(setting), machine=machine()["processor"], rounds=timing.rounds)
     rows: list[ComparedRow] = []
     first: Predictions | None = None
     reference = [_run(opened[0], batch) for batch in portions(inputs[0])]
     for number, (one, own) in enumerate(zip(opened, inputs, strict=True)):
         gap, missing = _gap(opened[0], reference, one, own, bool(total)) if number else (None, "")
-        scores: tuple[Score, ...] = ()
-        refusal, against = "", None
+        scores, refusal, against = tuple[Score, ...](), "", None
         step = partial(progress, f"evaluating {number + 1} of {len(opened)}")
         evaluator = evaluators[number] if evaluators else None
         if isinstance(evaluator, Labelled):
@@ -102,27 +103,24 @@ def compare(
             scores, refusal = evaluator(one.model, step), evaluator.note
             check_same(rows[0].scores if rows else scores, scores)
         notes = ("its weights are random" if one.weights == "random" else "", refusal, missing)
-        row = ComparedRow(
-            **{**vars(costs[number]), "notes": (*costs[number].notes, *filter(None, notes))},
-            weights_bytes=state_bytes(one.model),
-            file_bytes=None if one.file is None else one.file.stat().st_size,
-            latency=timed[number][0],
-            latency_ratio=timed[number][1],
-            gap=gap and replace(gap, agreement=None if against is None else against.agreement),
-            scores=scores,
-            against_first=against,
-            fed=one.fed,
+        rows.append(
+            ComparedRow(
+                **{**vars(costs[number]), "notes": (*costs[number].notes, *filter(None, notes))},
+                weights_bytes=state_bytes(one.model),
+                file_bytes=None if one.file is None else one.file.stat().st_size,
+                latency=timed[number].seconds,
+                latency_ratio=timed[number].ratio,
+                gap=gap and replace(gap, agreement=None if against is None else against.agreement),
+                scores=scores,
+                against_first=against,
+                fed=one.fed,
+            )
         )
-        rows.append(row)
-    measured = None
-    if timing is not None:
-        setting = RUNTIMES[timing.runtime].setting(timing)
-        measured = TimingRow(**vars(setting), machine=machine()["processor"], rounds=timing.rounds)
     return Comparison(
         asymswap=asymswap.__version__,
         models=tuple(rows),
         outputs_on=outputs_on,
-        data=description,
+        data=evaluators[0].description if evaluators else None,
         images=total if total and total != len(sets[0]) else None,
         timing=measured,
         warnings=input_warnings(*opened),
@@ -154,9 +152,7 @@ def _gap(
             return None, "its outputs ({}) cannot be compared with the first's ({})".format(*shapes)
         for expected, other in zip(ones, others, strict=True):
             sums.add(expected, other)
-    if not sums.tensors:
-        return None, ""
-    return OutputGap(sums.relative, sums.largest), ""
+    return OutputGap(sums.relative, sums.largest) if sums.tensors else None, ""
 
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:

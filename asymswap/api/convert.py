@@ -1,16 +1,6 @@
 """The verbs `plan`, `convert`, `save` and `write_report`.
 
-A model is a reference (`"resnet18"`), a file, an `nn.Module`, or the result of `open_model`, which takes more options;
-it is never changed. Options of several verbs:
-
-- `input_size`, `preprocessing`: as those of `open_model`;
-- `macs`, `params`, `latency`: the recipe's budget, as a fraction of the model's own; one of them, or in `convert`
-  `max_drop`: the smallest network whose measured loss is at most 0.5 (points), "0.1dB", or "2%" of the outputs;
-- `overrides`: further changes to the recipe: `{"order": "vertical-first", "budget.over": "matched"}`;
-- `progress`: bars in a terminal and a notebook by default; False shows nothing, a function is called with the name of a
-  stage, the steps done and the steps in all.
-
-All raise AsymswapError, with a one-line reason, for what cannot be done.
+The options that several verbs share are described in docs/reference/python.md.
 """
 
 import math
@@ -33,7 +23,7 @@ from asymswap.calibration.agreement import MEASURED, Against, on_held_back
 from asymswap.calibration.calibrate import PROBED, options_of, settle_for, some_inputs
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
-from asymswap.data.metrics import EvaluatedBy, check_same, evaluator_of
+from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
 from asymswap.errors import AsymswapError, CheckpointError, PlanError
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
@@ -50,7 +40,6 @@ from asymswap.planning.shipped import read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import check_suffix, report_text
 from asymswap.results import convert as results
-from asymswap.results.convert import Report
 from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Site, Swap
 from asymswap.utils.files import check_output, write_file
@@ -65,7 +54,7 @@ _MUCH, _MUCH_CHANGED = {"%": 0.01, "dB": 0.3}, 0.2
 class Conversion(Made):
     """A converted model, and the report; `save` writes it."""
 
-    report: Report
+    report: results.Report
 
     @property
     def plan(self) -> Plan:
@@ -126,11 +115,9 @@ def convert(
     part is used, a function of the model that returns a number or numbers by name, or a `Metric`: scores are measured
     before and after; `crop_border` is for `pairs:`. `time` measures time before and after in the runtimes that are
     installed, by default where `latency` is given, which is kept in `runtime`; `timing` says more of how. `seed` is for
-    the probe batch.
-    A `max_drop` is of the first score of `evaluate`, or else of what is measured on inputs of the calibration that are
-    held back.
-    Raises AsymswapError where a kind does not preserve the function on the probe batch as promised, unless
-    `allow_drift`.
+    the probe batch. A `max_drop` is of the first score of `evaluate`, or else of what is measured on inputs of the
+    calibration that are held back. Raises AsymswapError where a kind does not preserve the function on the probe batch
+    as promised, unless `allow_drift`.
     """
     if recipe is not None and plan is not None:
         raise AsymswapError("give either `recipe=…` or `plan=…`, not both")
@@ -195,8 +182,8 @@ def convert(
         before = session.team.first(partial(judge.measured, opened.model, partial(progress, "evaluating before")))
         if drop is not None:
             if not before.scores:
-                nothing = "`max_drop` has nothing to measure: the outputs cannot be compared; give `evaluate=…`"
-                raise AsymswapError(nothing)
+                what = "the outputs cannot be compared; give `evaluate=…`"
+                raise AsymswapError(f"`max_drop` has nothing to measure: {what}")
             drop.allowed(before.scores[0])
         clock.stop("evaluate before")
     if calibration is not None:
@@ -211,9 +198,9 @@ def convert(
             check_not_empty(settled, requested)
         converted = session.apply(settled, progress)
 
-    def measured() -> Report:
-        budgeted = None if budget is None else str(budget)
-        report = _make_report(session, converted, "a plan" if recipe is None else str(recipe), budgeted, seed)
+    def measured() -> results.Report:
+        asked = "a plan" if recipe is None else str(recipe), None if budget is None else str(budget)
+        report = _make_report(session, converted, evaluator, *asked, seed)
         if not allow_drift:
             _check_promises(report, opened.dtype())
         against = judge if isinstance(judge, Against) else session.against()
@@ -223,7 +210,7 @@ def convert(
         if time or (time is None and in_time):
             times = time_conversion(opened, converted.model, timing, timed, progress)
             clock.stop("time")
-        calibrated, scores = report.calibration, None
+        scores = None
         if evaluator is not None and before is not None:
             step = partial(progress, "evaluating after")
             after = evaluator(converted.model, step) if kept is None else kept.scores
@@ -233,18 +220,14 @@ def convert(
                 results.ScoreChange(s.name, s.value, value[s.name], s.unit, s.lower_is_better) for s in before.scores
             ]
             scores = results.AccuracyRow(evaluator.description, evaluator.images, tuple(changes), evaluator.note)
-            if calibrated is not None:
-                calibrated = replace(calibrated, notes=calibrated.notes + session.notes_on(evaluator))
             clock.stop("evaluate")
         found = replace(
             report,
             latency=times,
             untimed="Time was not measured; give `time=True`." if times is None else "",
-            calibration=calibrated,
             accuracy=scores,
             agreement=agreement,
             drop=dropped,
-            fed=opened.fed,
             seconds=clock.seconds,
         )
         advice = _advice(found, converted.polished is not None)
@@ -263,7 +246,7 @@ def convert(
     return Conversion(converted.model.to(device_of(given.model)), report, header, base_of(given))
 
 
-def _advice(report: Report, polished: bool) -> Iterator[str]:
+def _advice(report: results.Report, polished: bool) -> Iterator[str]:
     """Yield what was lost, where that is much, and what of all that helps was not yet done."""
     accuracy, agreement, lost = report.accuracy, report.agreement, ""
     scores = () if accuracy is None else accuracy.scores
@@ -300,7 +283,7 @@ def _with_budget(overrides: Mapping[str, Any] | None, **budgets: float | str | N
     return dict(every)
 
 
-def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> Report:
+def save(conversion: Conversion, path: str | Path, *, force: bool = False) -> results.Report:
     """Write a conversion to a `.pt` or `.safetensors` file and return its report with the file's size in it.
 
     An existing file is replaced only with `force`.
@@ -343,15 +326,15 @@ def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
         raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None
 
 
-def _make_report(session: Session, converted: Converted, recipe: str, budget: str | None, seed: int) -> Report:
-    """Measure what has changed, on held-back images where there are some, else on random ones by the seed.
-
-    Raises AsymswapError where the converted model's output is not finite.
-    """
+def _make_report(
+    session: Session, converted: Converted, evaluator: Evaluator | None, recipe: str, budget: str | None, seed: int
+) -> results.Report:
+    """Measure what has changed, on held-back or random images; raise AsymswapError where an output is not finite."""
     opened, traced, plan, before = session.opened, session.traced, converted.plan, session.costs
     gathered, calibrated, size = session.gathered, converted.calibration, ""
-    if calibrated is not None and converted.polished is not None:
-        calibrated = replace(calibrated, notes=(*calibrated.notes, str(converted.polished)))
+    if calibrated is not None:
+        polished = [] if converted.polished is None else [str(converted.polished)]
+        calibrated = replace(calibrated, notes=(*calibrated.notes, *polished, *session.notes_on(evaluator)))
     if gathered is not None and gathered.held_back is not None:
         inputs = samples_of(placed(opened.model, gathered.held_back.load(0)), 0, PROBED)
         probed = fmt.samples(samples_in(inputs), gathered.summary.data).replace("unlabelled ", "")
@@ -374,7 +357,7 @@ def _make_report(session: Session, converted: Converted, recipe: str, budget: st
     decided: list[Swap | Keep] = [*plan.keeps, *plan.swaps]
     entries, after = {one.site: one for one in decided}, converted.costs.by_name
     rows = tuple(_row(site, entries[site.name], before, after[site.name], fidelity) for site in traced.sites)
-    return Report(
+    return results.Report(
         asymswap=asymswap.__version__,
         model=results.ModelRow(
             reference=opened.reference,
@@ -396,18 +379,17 @@ def _make_report(session: Session, converted: Converted, recipe: str, budget: st
         warnings=tuple(_surprises(rows, fidelity)),
         multiplier=plan.multiplier,
         calibration=calibrated,
+        fed=opened.fed,
         weights_bytes=(state_bytes(opened.model), state_bytes(converted.model)),
         files=() if opened.file is None else (results.FileRow(str(opened.file), opened.file.stat().st_size),),
     )
 
 
-_PROMISED = 1e-4
-"""Relative change of an output up to which it counts as preserved, or 8 steps of a coarser dtype."""
-_SURPRISE = 5.0
-"""An error of more than this many times the predicted one has another cause."""
+_PROMISED = 1e-4  # relative change of an output up to which it counts as preserved, or 8 steps of a coarser dtype
+_SURPRISE = 5.0  # an error of more than this many times the predicted one has another cause
 
 
-def _check_promises(report: Report, dtype: torch.dtype) -> None:
+def _check_promises(report: results.Report, dtype: torch.dtype) -> None:
     """Raise AsymswapError where a kind, or all of them together, have not preserved what they promise."""
     allowed = max(_PROMISED, 8 * torch.finfo(dtype).eps)
     for row in report.swapped:
@@ -448,8 +430,7 @@ def _surprises(rows: Sequence[results.SiteRow], fidelity: Fidelity) -> Iterator[
 
 def state_bytes(model: nn.Module) -> int:
     """Return the bytes of all tensors of the state dict."""
-    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(value.nbytes for value in model.state_dict().values() if isinstance(value, torch.Tensor))
 
 
 def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: Fidelity) -> results.SiteRow:
@@ -459,7 +440,7 @@ def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: F
     )
     if isinstance(entry, Keep):
         return row
-    error = fidelity.site_outputs.get(site.name)
+    error = fidelity.site_outputs[site.name]
     kind, settings = replacements.load_swap(entry)
     fields = kind.settings.model_fields
     unusual = {key: value for key, value in entry.settings.items() if value != fields[key].default}
@@ -473,8 +454,8 @@ def _row(site: Site, entry: Swap | Keep, before: Costs, after: Cost, fidelity: F
         after=after if entry.absorbs is None else after - before.by_name[entry.absorbs],
         predicted_error=entry.predicted,
         kernel_error=fidelity.kernels.get(site.name),
-        output_error=error.relative if error else None,
-        output_largest=error.largest if error else None,
+        output_error=error.relative,
+        output_largest=error.largest,
         exact=kind.preserves(site.conv, settings),
         absorbs=entry.absorbs,
     )

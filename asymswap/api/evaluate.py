@@ -10,17 +10,8 @@ from torch import Tensor
 
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.calibration.agreement import Against
+from asymswap.data import metrics
 from asymswap.data.datasets import open_data, open_parts
-from asymswap.data.metrics import (
-    Evaluator,
-    Labelled,
-    Predictions,
-    check_class_names,
-    check_same,
-    evaluator_of,
-    known_classes,
-    paired_kind,
-)
 from asymswap.data.normalization import settle
 from asymswap.errors import AsymswapError, SourceError, check_choice
 from asymswap.measure.statistics import mcnemar_exact, wilson_interval
@@ -30,8 +21,6 @@ from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results import evaluate as results
 from asymswap.results.records import read_provenance
 from asymswap.utils.tensors import device_of
-
-PARTS = ("test", "validation", "train")
 
 
 @shows_progress
@@ -61,21 +50,20 @@ def evaluate(
     `validation` and `seed`) or train; images that cannot be read are left out and counted, or an error with `strict`.
     Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
-    check_choice("`part=…`", part, PARTS)
+    check_choice("`part=…`", part, ("test", "validation", "train"))
     if batch_size < 1 or confusions < 0 or workers < 0:
         raise AsymswapError("`batch_size=…` must be above 0, `confusions=…` and `workers=…` at least 0")
     several = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     if not several:
         raise AsymswapError("give at least one model to evaluate")
     # Open and check all before measuring the first.
-    options: dict[str, Any] = {"input_size": input_size, "preprocessing": preprocessing}
-    choose = against_original or isinstance(data, str)
-    opened = [open_for_verb(model, progress, **options).on_device(choose) for model in several]
+    opened = [open_for_verb(model, progress, input_size, preprocessing=preprocessing) for model in several]
+    opened = [one.on_device(choose=against_original or isinstance(data, str)) for one in opened]
     if against_original and (part != "test" or crop_border):
         raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
     opened, evaluators = settle_each(opened, data, against_original, part, download)
     for one in opened if not evaluators else ():
-        if isinstance(data, str) and paired_kind(data) is None and not crop_border:
+        if isinstance(data, str) and metrics.paired_kind(data) is None and not crop_border:
             if part == "test" or (part == "train" and validation is None):
                 mine = open_data(data, one.preprocessing, "test" if part == "test" else "train", download=download)
             else:
@@ -84,26 +72,26 @@ def evaluate(
                 if chosen is None:
                     raise SourceError('`part="validation"` needs held-back images; leave out `validation="none"`')
                 mine = chosen
-            check_class_names(known_classes(one), mine)
-            evaluators.append(Labelled(mine, batch_size=batch_size, workers=workers, strict=strict))
+            metrics.check_class_names(metrics.known_classes(one), mine)
+            evaluators.append(metrics.Labelled(mine, batch_size=batch_size, workers=workers, strict=strict))
         elif part != "test":
             raise AsymswapError(f'`part="{part}"` is for labelled images; leave it out')
         else:
-            evaluators.append(evaluator_of(data, one, crop_border))
+            evaluators.append(metrics.evaluator_of(data, one, crop_border))
     rows: list[results.ModelScores] = []
     notes: list[str] = []
-    first: Predictions | None = None
+    first: metrics.Predictions | None = None
     for one, evaluator in zip(opened, evaluators, strict=True):
         stage = "evaluating" if len(opened) == 1 else f"evaluating {len(rows) + 1} of {len(opened)}"
         step = functools.partial(progress, stage)
         try:
-            if not isinstance(evaluator, Labelled):
+            if not isinstance(evaluator, metrics.Labelled):
                 rows.append(results.ModelScores(one.reference, evaluator(one.model, step), fed=one.fed))
-                check_same(rows[0].scores, rows[-1].scores)
+                metrics.check_same(rows[0].scores, rows[-1].scores)
                 notes += [evaluator.note] if evaluator.note else []
                 continue
             found = evaluator.predict(one.model, step)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             raise AsymswapError(
@@ -112,23 +100,22 @@ def evaluate(
         first = found if first is None else first
         # The same data in the same order, so the same images are unreadable.
         assert torch.equal(first.numbers, found.numbers)
-        against = None if found is first else against_first(found.labels, first.guesses, found.guesses)
-        classes, labels, correct = evaluator.data.classes, found.labels, found.guesses == found.labels
+        classes, labels, wrong = evaluator.data.classes, found.labels, found.guesses != found.labels
         images_by_class = torch.bincount(labels, minlength=len(classes)).tolist()
-        right_by_class = torch.bincount(labels[correct], minlength=len(classes)).tolist()
-        confused = Counter(zip(labels[~correct].tolist(), found.guesses[~correct].tolist(), strict=True))
+        right_by_class = torch.bincount(labels[~wrong], minlength=len(classes)).tolist()
+        confused = Counter(zip(labels[wrong].tolist(), found.guesses[wrong].tolist(), strict=True))
         most_confused = sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:confusions]
         # A model may score more classes than the data has.
         names = [*classes, *(f"class {number}" for number in range(len(classes), found.scores))]
         about = results.Classification(
-            right=int(correct.sum()),
-            interval=wilson_interval(int(correct.sum()), len(found)),
+            right=found.correct,
+            interval=wilson_interval(found.correct, len(found)),
             loss=float(found.losses.mean()),
             images_per_second=len(found) / found.seconds if found.seconds else 0.0,
             outputs=found.scores,
             classes=tuple(results.ClassRow(*row) for row in zip(classes, images_by_class, right_by_class, strict=True)),
             confusions=tuple(results.ConfusionRow(names[of], names[as_], n) for (of, as_), n in most_confused),
-            against_first=against,
+            against_first=None if found is first else against_first(found.labels, first.guesses, found.guesses),
         )
         rows.append(results.ModelScores(one.reference, found.named, about, one.fed))
         if found.scores != evaluator.classes:
@@ -164,7 +151,7 @@ def against_first(labels: Tensor, first: Tensor, other: Tensor) -> results.Again
 
 def settle_each(
     opened: Sequence[OpenedModel], data: Any, against_original: bool, part: str = "test", download: bool = False
-) -> tuple[list[OpenedModel], list[Evaluator]]:
+) -> tuple[list[OpenedModel], list[metrics.Evaluator]]:
     """Return models with their preprocessing settled on the data, and what compares each with the first if asked."""
     if against_original:
         return Against.first_of(opened, data)

@@ -38,10 +38,6 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
     "state-dict": (".pt", ".pth", ".safetensors"),
     "transformers": ("",),
 }
-_DEFORMABLE = (
-    "DeformConv is in the file: ONNX Runtime runs it on the CPU, and OpenVINO does not read it "
-    "(docs/reference/kinds.md tells what runs where)"
-)
 
 
 @shows_progress
@@ -84,17 +80,13 @@ def export(
     if (quantize is None) != (calibration is None or calibration.data is None):
         raise AsymswapError("`quantize=int8` goes with `calibration=…`, inputs to measure its ranges on; give both")
     check_output(path, force)
-    versions = (
-        runtimes.check_installed("ONNX", "onnx", runtimes.ONNX_RUNTIME)
-        if form == "onnx"
-        else (f"torch {torch.__version__}",)
-    )
+    versions: tuple[str, ...] = (f"torch {torch.__version__}",)
+    if form == "onnx":
+        versions = runtimes.check_installed("ONNX", "onnx", runtimes.ONNX_RUNTIME)
     opened = open_for_verb(model, progress, example_inputs=example_inputs)
     if opened.preprocessing.form == "image-list":
-        raise AsymswapError(
-            f"{opened.reference} takes lists of images and keeps a number of boxes that depends on them: "
-            f"export its backbone from Python with torch.onnx.export"
-        )
+        boxes = f"{opened.reference} takes lists of images and keeps a number of boxes that depends on them"
+        raise AsymswapError(f"{boxes}: export its backbone from Python with torch.onnx.export")
     ready, fused, as_original = opened.model, 0, not any(plan.swaps for plan in opened.plans)
     if fuse and opened.plans and form not in ("ultralytics", "transformers"):  # which train on with the swaps
         ready, left, rows = fuse_model(ready, original_of(opened), opened.plans, progress)
@@ -106,11 +98,9 @@ def export(
     if calibration is not None:
         opened = settle_on(opened, calibration.given())
         inputs = open_inputs(opened, calibration.given(), calibration.images, calibration.seed)[0]
-        swapped = {swap.site for plan in opened.plans for swap in plan.swaps}
-        rotated = int8.rotate_(ready, swapped)
+        rotated = int8.rotate_(ready, {swap.site for plan in opened.plans for swap in plan.swaps})
     progress("exporting", 0, 1)
-    checks: list[Check] = []
-    dynamic: tuple[str, ...] = ()
+    checks, dynamic = list[Check](), tuple[str, ...]()
     if form == "ultralytics":
         ultralytics_models.save(opened, path)
     elif form == "transformers":
@@ -120,19 +110,21 @@ def export(
         with whole_file(path) as draft:
             checks = _write_program(opened, form, draft, dynamic_size, seed)
             if form == "onnx" and any(node.op_type == "DeformConv" for node in runtimes.nodes_of(draft)):
-                warnings += (_DEFORMABLE,)
+                warnings += (
+                    "DeformConv is in the file: ONNX Runtime runs it on the CPU, and OpenVINO does not read it "
+                    "(docs/reference/kinds.md tells what runs where)",
+                )
             if inputs is not None and calibration is not None:
                 progress("quantising", 0, 1)
                 int8.quantize(draft, inputs)
-                agreement = Against(opened, calibration).agreement(
-                    int8.FileModel(draft), partial(progress, "comparing")
-                )
+                step = partial(progress, "comparing")
+                agreement = Against(opened, calibration).agreement(int8.FileModel(draft), step)
     elif as_original:
         save_state(path, ready)
     else:
         raise AsymswapError(
             f"a plain state_dict is one that {opened.origin.reference} loads, and some replacements do not fuse to its "
-            f"convs; export to onnx or pt2, or use asymswap.load"
+            "convs; export to onnx or pt2, or use asymswap.load"
         )
     progress("exporting", 1, 1)
     return ExportReport(
@@ -178,13 +170,11 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
             'of float32, or give `form="pt2"`'
         )
     inputs = opened.probe(2, seed)
-    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    batch = torch.export.Dim("batch")
 
     def sizes_of(one: torch.Tensor) -> dict[int, Any] | None:
-        if one.shape[:1] != (2,):
-            return None
-        last = one.dim() - 1
-        return dims | ({last - 1: torch.export.Dim.AUTO, last: torch.export.Dim.AUTO} if dynamic_size else {})
+        free = (one.dim() - 2, one.dim() - 1) if dynamic_size else ()
+        return {0: batch, **dict.fromkeys(free, torch.export.Dim.AUTO)} if one.shape[:1] == (2,) else None
 
     shapes = map_tensors(inputs, sizes_of)
     run: Callable[[Inputs], Any]
@@ -200,10 +190,9 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
             draft.write_bytes(buffer.getvalue())
             loaded = torch.export.load(io.BytesIO(draft.read_bytes())).module()
         runner, run = "the exported program", lambda given: loaded(*given)
-    height, width = takes.size
     tried = [(1, takes.size), (3, takes.size)]
     if dynamic_size and opened.example_inputs is None:
-        tried.append((3, (height * 3 // 2, width * 5 // 4)))
+        tried.append((3, (takes.size[0] * 3 // 2, takes.size[1] * 5 // 4)))
     checks = []
     for images, size in tried:
         inputs = replace(opened, preprocessing=replace(takes, size=size)).probe(images, seed)
@@ -213,15 +202,13 @@ def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: b
             with torch.no_grad():
                 found = run(inputs)
         except Exception as error:  # each program has errors of its own
-            fixed = "its code fixes a size that may differ, so export it with the library that it is from"
             raise AsymswapError(
-                f"{runner} does not take {sizes(inputs)}: {reason_of(error, 150)}; {fixed}; nothing was written"
+                f"{runner} does not take {sizes(inputs)}: {reason_of(error, 150)}; its code fixes a size that may "
+                "differ, so export it with the library that it is from; nothing was written"
             ) from error
         check = Check(sizes(inputs), *runtimes.widest_gap(expected, found))
         if not check.largest <= check.allowed:
-            raise AsymswapError(
-                f"{runner} computes something else than PyTorch on {check.inputs}: {check.largest:.1e} at most, where "
-                f"{check.allowed:.0e} are allowed; nothing was written"
-            )
+            gap = f"{check.largest:.1e} at most, where {check.allowed:.0e} are allowed; nothing was written"
+            raise AsymswapError(f"{runner} computes something else than PyTorch on {check.inputs}: {gap}")
         checks.append(check)
     return checks

@@ -40,8 +40,6 @@ from asymswap.utils.files import check_output
 from asymswap.utils.inputs import placed
 from asymswap.utils.tensors import deep_copy, eval_mode
 
-_NOT_VALIDATED = "the last weights are kept: to keep the best give `evaluate=…`, or a Dataset to hold back from"
-
 
 @dataclass
 class FineTuned(Made):
@@ -58,9 +56,8 @@ class _Material:
     held_back: LabelledImages | batches.Source | None
     data: str
     validation: str | None = None
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # whose labels a classifier learns; without them it learns something else
     presets: tuple[str, ...] = ()
-    labels: bool = False  # of classes, which a classifier learns
     notes: tuple[str, ...] = ()
 
 
@@ -101,11 +98,9 @@ def finetune(
     - `resume`: go on where a run is, and begin where there is none.
 
     Batches of your own are read in order: every reading must give the same ones for the same state of the random
-    generators, which are seeded before each batch. An interrupted run reads on from the start of its epoch.
-
-    In a `team` all processes must call alike. `callback` sees the run instead of the person at the terminal or
-    notebook, to whom nothing is shown without `progress`. Raises AsymswapError, with a one-line reason, for what cannot
-    be done.
+    generators, which are seeded before each batch. An interrupted run reads on from the start of its epoch. In a `team`
+    all processes must call alike. `callback` sees the run in place of the person at the terminal or notebook, to whom
+    nothing is shown without `progress`. Raises AsymswapError, with a one-line reason, for what cannot be done.
     """
     start, settings = time.perf_counter(), training or Training()
     if teacher is not None and settings.distill is None:
@@ -140,9 +135,9 @@ def finetune(
         settings, material = _samples(opened, data, settings, held_back, loss is not None, team, download)
     else:
         material = _batches(data, settings, held_back, team)
-    if material.labels and inputs is not None:
+    if material.classes and inputs is not None:
         raise AsymswapError("`inputs=…` is for a loss of yours or a teacher; a classifier's input is the image")
-    if loss is None and settings.distill is None and not material.labels:
+    if loss is None and settings.distill is None and not material.classes:
         raise AsymswapError(
             f"nothing says what to learn from {material.data}: give `loss=…`, a function of the outputs and the batch, "
             "or a teacher, `distill=…`"
@@ -152,17 +147,14 @@ def finetune(
         beside = None if opened.file is None else opened.file.parent
         named = settings.distill if teacher is None else teacher
         taught = find_teacher(opened.header(), named, opened.model, beside)
-    identity = settings.identity() | {
-        "augment": list(material.presets),
-        "data": data if isinstance(data, str) else material.data,
-    }
-    identity |= {"images": material.source.count, "checkpoint": opened.sha256, "processes": team.size}
+    identity = settings.identity() | {"augment": list(material.presets)}
+    identity |= {"data": data if isinstance(data, str) else material.data, "images": material.source.count}
+    identity |= {"checkpoint": opened.sha256, "processes": team.size}
     for name, function in {"inputs": inputs, "loss": loss, "evaluate": evaluate}.items():
         if function is not None:
             identity[name] = getattr(function, "name", getattr(function, "__qualname__", type(function).__name__))
     if material.source.unit == "batches":
         identity["batch_size"] = None
-    known = known_classes(opened)
 
     def described(progress: Progress) -> dict[str, Any]:
         """Return what the report and the checkpoint both say of the run so far."""
@@ -170,7 +162,7 @@ def finetune(
             "model": opened.reference,
             "data": material.data,
             "validation": material.validation if evaluate is None else f"{identity['evaluate']}(model)",
-            "classes": material.classes or known,
+            "classes": material.classes or known_classes(opened),
             "settings": identity,
             "teacher": None if taught is None else taught.description,
             "epochs": progress.epoch,
@@ -189,8 +181,8 @@ def finetune(
         trainings = [*opened.provenance.get("training", []), plain(record)]
         return replace(opened.header(), provenance={**opened.provenance, "training": trainings})
 
-    mix = batches.mixing(material.presets, len(material.classes)) if material.labels else None
-    objective = Objective(settings, taught, material.labels, mix, inputs, loss)
+    mix = batches.mixing(material.presets, len(material.classes)) if material.classes else None
+    objective = Objective(settings, taught, bool(material.classes), mix, inputs, loss)
     validator: Validator | None = None
     if evaluate is not None:
         validator = by_user(evaluate, team, settings.seed)
@@ -296,10 +288,9 @@ def _samples(
     mixed = [name for name in presets if name in batches.MIXES]
     if mixed and not labels:
         raise AsymswapError(f"`augment={mixed[0]}` mixes class labels, which are not learned here; leave it out")
-    double = opened.dtype() == torch.float64
 
     def source(images: LabelledImages, transform: Any, batch: int, accumulate: int, team: Team) -> batches.Source:
-        dtype = None if not named else torch.float64 if double else torch.float32
+        dtype = torch.promote_types(opened.dtype(), torch.float32) if named else None
         transform = transform if named else nn.Identity()
         made = batches.TrainingImages(images, transform, settings.seed, settings.strict or not named, dtype)
         return batches.Reader(made, batch, accumulate, team, settings.workers or 0)
@@ -312,7 +303,6 @@ def _samples(
         None if held is None else held.description,
         train.classes if labels else (),
         presets,
-        labels,
     )
 
 
@@ -325,9 +315,9 @@ def _batches(data: Any, settings: Training, validation: str | None, team: Team) 
             "or `evaluate=…`"
         )
     given = batches.Batches(data, settings.accumulate, team, settings.seed, settings.steps)
-    notes = (_NOT_VALIDATED,) if validation is None else ()
+    kept = "the last weights are kept: to keep the best give `evaluate=…`, or a Dataset to hold back from"
     number = "1 batch" if given.count == 1 else f"{given.count} batches"
-    return _Material(given, None, f"{number} of a {given.name}", notes=notes)
+    return _Material(given, None, f"{number} of a {given.name}", notes=(kept,) if validation is None else ())
 
 
 def _check_plain(settings: Training, names: Sequence[str]) -> None:

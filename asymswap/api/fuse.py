@@ -1,11 +1,14 @@
-"""`fuse`: merge replacements back into ordinary convs."""
+"""`fuse` and `offsets`: merge replacements back into ordinary convs, and see where the taps of others have moved."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from asymswap import replacements
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.calibration.calibrate import some_inputs
 from asymswap.checkpoint import save_state
@@ -18,10 +21,12 @@ from asymswap.models.converted import base_of, original_of, save_checkpoint
 from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Made, Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
-from asymswap.planning.fuse import fuse_model
-from asymswap.results.convert import FileRow, FusionReport
+from asymswap.planning.fuse import fuse_model, read_taps
+from asymswap.results.convert import FileRow, FusionReport, OffsetReport, OffsetRow
 from asymswap.results.records import plain
+from asymswap.types import Plan, Swap
 from asymswap.utils.files import check_output
+from asymswap.utils.inputs import Inputs
 
 
 @dataclass
@@ -101,3 +106,51 @@ def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, f
         save_checkpoint(path, fusion.model, fusion.header)
     fusion.report = replace(fusion.report, files=(FileRow(str(path), path.stat().st_size),))
     return fusion.report
+
+
+def offsets(
+    model: Model, *, data: str | None = None, preprocessing: PreprocessingOptions | None = None, seed: int = 0
+) -> OffsetReport:
+    """Return where the taps of a converted model have moved, layer by layer.
+
+    What is predicted from the input is read on 8 random images, or on up to 32 of a data reference. Raises
+    AsymswapError where no layer has taps that move.
+    """
+    opened = open_for_verb(model, preprocessing=preprocessing)
+    if data is not None:
+        opened = settle(opened, data, "test")
+    inputs, about = some_inputs(data, opened, seed)
+    rows = read_offsets(opened.model, opened.plans, inputs)
+    if not rows:
+        kinds = {name: type(replacements.load(name)) for name in replacements.names()}
+        moving = [name for name, kind in kinds.items() if kind.tap_offsets is not replacements.Replacement.tap_offsets]
+        raise AsymswapError(
+            f"{opened.reference} has no layer whose taps move; the kinds {', '.join(moving)} have such taps"
+        )
+    return OffsetReport(opened.reference, rows, about, opened.fed, input_warnings(opened))
+
+
+def read_offsets(model: nn.Module, plans: Sequence[Plan], inputs: Inputs) -> tuple[OffsetRow, ...]:
+    """Run the model and return the offsets of every layer whose kind moves taps, in the order of the plans.
+
+    A layer that a later conversion has changed, that was fused, or that never runs is left out.
+    """
+    found: dict[str, OffsetRow] = {}
+
+    def see(swap: Swap, module: Any, offsets_ST2: Tensor) -> None:
+        double_ST2 = offsets_ST2.double()
+        mean_T2, spread_T2 = double_ST2.mean(0), double_ST2.std(0, correction=0)
+        limit = swap.settings.get("limit")
+        found[swap.site] = OffsetRow(
+            site=swap.site,
+            kind=swap.kind,
+            kernel=module.conv.kernel,
+            dilation=module.conv.dilation,
+            mean=tuple((down, right) for down, right in mean_T2.tolist()),
+            spread=tuple((down, right) for down, right in spread_T2.tolist()),
+            largest=float(torch.linalg.vector_norm(double_ST2, dim=-1).max()),
+            limit=None if limit is None else float(limit),
+        )
+
+    read_taps(model, plans, inputs, see)
+    return tuple(found[swap.site] for plan in plans for swap in plan.swaps if swap.site in found)

@@ -69,14 +69,12 @@ def bars(quiet: bool = False, first: str = "loading") -> Iterator[Progress]:
     name, bar, numbers = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     with Progress(SpinnerColumn(), name, bar, numbers, TimeRemainingColumn(), **_live(quiet)) as bars:
         task = bars.add_task(first, total=None)
-        stages = [first]
 
         def step(stage: str, done: int, total: int) -> None:
-            if stage != stages[-1]:
+            if visible(stage) != bars.tasks[0].description:
                 # Else the time left would be estimated from the previous stage.
-                stages.append(stage)
                 bars.reset(task, total=total, completed=done, description=visible(stage))
-            bars.update(task, description=visible(stage), completed=done, total=total)
+            bars.update(task, completed=done, total=total)
 
         yield step
 

@@ -22,22 +22,14 @@ from asymswap.measure.macs import Costs, count_costs, count_swapped
 from asymswap.measure.statistics import mean_interval
 from asymswap.measure.timing import Timing
 from asymswap.models.opened import OpenedModel, costs_of
+from asymswap.planning import plan as planning
 from asymswap.planning.apply import apply_plan
 from asymswap.planning.drop_budget import Drop, Search
 from asymswap.planning.latency_budget import plan_in_time
-from asymswap.planning.plan import (
-    Choices,
-    check_not_empty,
-    check_replay,
-    choose,
-    counted_costs,
-    find_choices,
-    matched_sites,
-)
 from asymswap.planning.recipe import Budget, Recipe
 from asymswap.reporting import format as fmt
 from asymswap.results.convert import CalibrationRow, DropRow, LatencyRow
-from asymswap.types import Plan, Progress, Site, Swap, silent
+from asymswap.types import Plan, Progress, Site, Swap
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.inputs import portions
 from asymswap.utils.tensors import device_of, eval_mode, first_not_finite
@@ -91,7 +83,7 @@ class Session:
         self.costs = costs_of(opened, [*(site.name for site in self.traced.sites), *norms])
         self.gathered: Gathered | None = None
         self._statistics: Mapping[str, SiteStatistics] = {}
-        self._choices: Choices | None = None
+        self._choices: planning.Choices | None = None
         self._replaceable: set[str] = set()
         self.clock.stop("trace")
 
@@ -102,10 +94,10 @@ class Session:
             if isinstance(one, Plan):
                 names |= {swap.site for swap in one.swaps}
             else:
-                names |= {site.name for site in matched_sites(self.opened.model, self.traced.sites, one)}
+                names |= {site.name for site in planning.matched_sites(self.opened.model, self.traced.sites, one)}
         return [site for site in self.traced.sites if site.name in names and site.calls]
 
-    def gather(self, sites: Sequence[Site], classes: int | None = None, progress: Progress = silent) -> None:
+    def gather(self, sites: Sequence[Site], classes: int | None, progress: Progress) -> None:
         """Gather the calibration statistics of these sites; `classes` is the number in the evaluation data."""
         assert self.calibration is not None
         self.gathered = gather_statistics(self.opened, sites, self.calibration, progress, classes)
@@ -121,18 +113,14 @@ class Session:
         kind: OutputKind = "scores" if gathered.summary.outputs.startswith("class scores") else "values"
         return Against(self.opened, calibration, self.traced, kind)
 
-    def notes_on(self, evaluator: Evaluator) -> tuple[str, ...]:
+    def notes_on(self, evaluator: Evaluator | None) -> tuple[str, ...]:
         """Warn where scores are of the images that the session is calibrated on."""
         held_back = None if self.gathered is None else self.gathered.held_back
-        same = held_back is not None and held_back.description == evaluator.inputs
+        same = held_back is not None and evaluator is not None and held_back.description == evaluator.inputs
         return ("calibrated and evaluated on the same images: the accuracy is too good to be trusted",) if same else ()
 
     def plan(
-        self,
-        requested: Recipe | Plan,
-        progress: Progress = silent,
-        budget: Budget | None = None,
-        timing: Timing | None = None,
+        self, requested: Recipe | Plan, progress: Progress, budget: Budget | None = None, timing: Timing | None = None
     ) -> tuple[Plan, LatencyRow | None]:
         """Plan by a recipe, under its own budget or another one, or replay a plan.
 
@@ -142,23 +130,24 @@ class Session:
 
         def planned() -> tuple[Plan, LatencyRow | None]:
             if isinstance(requested, Plan):
-                return check_replay(self.opened.model, self.traced.sites, requested, self._statistics), None
+                return planning.check_replay(self.opened.model, self.traced.sites, requested, self._statistics), None
             choices = self.choices(requested, progress)
             if budget is not None:
                 choices = replace(choices, recipe=requested.model_copy(update={"budget": budget}))
             if timing is not None:
                 with _running_converted():
                     return plan_in_time(self.opened.model, self.opened.example(), choices, timing, progress)
-            return choose(choices, counted_costs(choices.recipe.budget, self.costs.total)), None
+            return planning.choose(choices, planning.counted_costs(choices.recipe.budget, self.costs.total)), None
 
         found = self.team.first(planned)
         self.clock.stop("plan")
         return found
 
-    def choices(self, recipe: Recipe, progress: Progress = silent) -> Choices:
+    def choices(self, recipe: Recipe, progress: Progress) -> planning.Choices:
         """Decide all that does not depend on the budget, once for all budgets of a recipe."""
         if self._choices is None or self._choices.recipe is not recipe:
-            self._choices = find_choices(self.opened.model, self.traced.sites, recipe, progress, self._statistics)
+            model, sites = self.opened.model, self.traced.sites
+            self._choices = planning.find_choices(model, sites, recipe, progress, self._statistics)
         return self._choices
 
     def check_replaceable(self, names: Sequence[str]) -> None:
@@ -168,18 +157,15 @@ class Session:
             check_stand_ins(self.opened.model, new, self.opened.example())
         self._replaceable.update(new)
 
-    def curve(self, recipe: Recipe, progress: Progress = silent) -> list[tuple[float, float]]:
-        """Return fractions of the MACs, from the least that can be reached, with the errors that their plans predict.
-
-        The errors are sums of squares over the layers; fractions whose plans swap nothing are left out.
-        """
+    def curve(self, recipe: Recipe, progress: Progress) -> list[tuple[float, float]]:
+        """Return fractions of the MACs, from the least, whose plans swap anything, with the sum of squared errors."""
         choices, total = self.choices(recipe, progress), self.costs.total
 
         def swapped(fraction: float) -> tuple[Swap, ...] | None:
             budget = Budget.model_validate({"macs": fraction})
             at = replace(choices, recipe=recipe.model_copy(update={"budget": budget}))
             with suppress(RecipeError):
-                return choose(at, counted_costs(budget, total)).swaps
+                return planning.choose(at, planning.counted_costs(budget, total)).swaps
             return None
 
         low, high = 0.0, 1.0
@@ -190,7 +176,7 @@ class Session:
         swaps = [(fraction, swapped(fraction)) for fraction in fractions]
         return [(fraction, sum((one.predicted or 0.0) ** 2 for one in some)) for fraction, some in swaps if some]
 
-    def apply(self, plan: Plan, progress: Progress = silent, polished: bool = True) -> Converted:
+    def apply(self, plan: Plan, progress: Progress, polished: bool = True) -> Converted:
         """Convert a copy of the model by a plan, solved on the statistics and polished if the calibration asks for it.
 
         Without `polished` it is only solved. Raises AsymswapError where the converted model does not run as before, or
@@ -216,7 +202,7 @@ class Session:
             on = gathered.summary
             row = CalibrationRow(on.data, on.images, on.sha256, on.seed, sequential, tuple(gathered.notes))
         found = first_not_finite(converted)
-        if found is not None and first_not_finite(opened.model) is None:
+        if found is not None:
             raise AsymswapError(
                 f"the converted model's {found[0]!r} holds {found[1]}, so nothing is written; keep that conv by a rule "
                 "with keep = true, and report it as a bug"
@@ -241,15 +227,14 @@ class Session:
     ) -> tuple[Converted, Measured, DropRow]:
         """Return the smallest network whose loss is at most `drop`, with its scores and what the report says of it.
 
-        `before` is what the original measured.
-        With polish a first search, without it, says where to begin; then up to three networks are polished. Raises
-        RecipeError where every network that swaps anything loses more.
+        `before` is what the original measured. With polish a first search, without it, says where to begin; then up to
+        three networks are polished. Raises RecipeError where every network that swaps anything loses more.
         """
         first = before.scores[0]
         allowed = drop.allowed(first)
         curve = self.team.first(partial(self.curve, recipe, progress))
         if not curve:
-            check_not_empty(self.plan(recipe, progress, Budget.model_validate({"macs": 1.0}))[0], recipe)
+            planning.check_not_empty(self.plan(recipe, progress, Budget.model_validate({"macs": 1.0}))[0], recipe)
         fractions, predicted = zip(*curve, strict=True)
         # A share of images moves by one of them.
         grain = 1 / evaluator.images if first.unit == "%" and evaluator.images else 0.0
@@ -259,17 +244,10 @@ class Session:
         for polished in (False, True) if polishes else (False,):
             if polished:
                 start = fractions[-1] if search.best is None else search.best[0]
-                slope = search.slope
-                search = Search(
-                    fractions, predicted, allowed, grain=grain, start=start, first_slope=slope, tries=_POLISHED
-                )
+                search = replace(search, start=start, first_slope=search.slope, tries=_POLISHED, tried=[])
             while (fraction := search.next()) is not None:
                 solves += 1
-                place = f"try {solves}, {fraction:.2f} of the MACs: "
-
-                def step(stage: str, done: int, total: int, place: str = place) -> None:
-                    progress(place + stage, done, total)
-
+                step = prefixed(progress, f"try {solves}, {fraction:.2f} of the MACs: ")
                 plan, _ = self.plan(recipe, step, Budget.model_validate({"macs": fraction}))
                 converted = self.apply(plan, step, polished)
                 after = self.team.first(partial(evaluator.measured, converted.model, partial(step, "measuring")))
@@ -315,6 +293,11 @@ def _lost(before: Measured, after: Measured) -> tuple[float, tuple[float, float]
         low, high = now.interval
         return lost, (first.value - high, first.value - low)
     return lost, None
+
+
+def prefixed(progress: Progress, place: str) -> Progress:
+    """Return progress that puts a place before the name of every stage."""
+    return lambda stage, done, total: progress(place + stage, done, total)
 
 
 def check_finite(opened: OpenedModel, done: str = "converted") -> None:

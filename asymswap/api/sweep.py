@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from asymswap.api.progress import Shows, shows_progress
-from asymswap.api.session import Session, check_finite
+from asymswap.api.session import Session, check_finite, prefixed
 from asymswap.calibration.agreement import on_held_back
 from asymswap.calibration.calibrate import options_of, settle_for
 from asymswap.calibration.config import Calibration
@@ -31,8 +31,7 @@ from asymswap.types import Patches
 from asymswap.utils.tensors import exact_convs
 
 Measure = Literal["macs", "params", "latency"]
-TOLERANCES = {"%": "1%", "dB": "0.1dB"}
-"""How much of a score the advice allows to lose, by its unit."""
+TOLERANCES = {"%": "1%", "dB": "0.1dB"}  # how much of a score the advice allows to lose, by its unit
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
@@ -119,7 +118,7 @@ def sweep(
     result = replace(known, tolerance=tolerated, warnings=input_warnings(opened), fed=opened.fed)
     done = {(point.recipe, point.budget) for point in result.points}
     lacking = [(name, budget) for name in parsed for budget in budgets if (name, budget) not in done]
-    sites = session.sites_of([parsed[name] for name in dict.fromkeys(name for name, _ in lacking)])
+    sites = session.sites_of([parsed[name] for name, _ in lacking])
     if lacking:
         # Before calibration, which takes minutes.
         session.check_replaceable([site.name for site in sites])
@@ -138,10 +137,7 @@ def sweep(
         if seconds:
             left = round((len(lacking) - len(seconds)) * sum(seconds) / len(seconds))
             place += f", {left // 60}:{left % 60:02} left"
-
-        def step(stage: str, steps: int, total: int, place: str = place) -> None:
-            progress(f"{place}): {stage}", steps, total)
-
+        step = prefixed(progress, f"{place}): ")
         session.choices(parsed[name], progress)
         start = time.perf_counter()
         try:
@@ -155,11 +151,9 @@ def sweep(
         else:
             converted = session.apply(plan, step)
             notes |= dict.fromkeys(() if converted.calibration is None else converted.calibration.notes)
+            scores = evaluator(converted.model, partial(step, "evaluating"))
             # An older sweep knows top-1 alone.
-            known_names = {score.name for score in result.scores}
-            found = [
-                score for score in evaluator(converted.model, partial(step, "evaluating")) if score.name in known_names
-            ]
+            found = [score for score in scores if score.name in {known.name for known in result.scores}]
             check_same(result.scores, found)
             values = {score.name: score.value for score in found}
             point = Point(name, fraction, converted.costs.total, values, len(plan.swaps))

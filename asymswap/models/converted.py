@@ -11,7 +11,7 @@ import torchvision.ops  # also registers torch.ops.torchvision
 from torch import nn
 
 import asymswap
-from asymswap.checkpoint import Header, Stored, write_checkpoint
+from asymswap.checkpoint import Header, Stored, read_checkpoint, write_checkpoint
 from asymswap.errors import AsymswapError, CheckpointError, OutputError, PlanError, SourceError, reason_of
 from asymswap.fileformats import extra_state
 from asymswap.fileformats.state_dict import Difference, compare, load_state_
@@ -60,6 +60,17 @@ def versions(origin: Origin) -> dict[str, str]:
     if origin.reference.startswith(timm_models.PREFIX):
         found["timm"] = str(timm_models.timm().__version__)
     return found
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a converted model: a plain trainable `nn.Module` of the original class with the swaps in it, in eval mode.
+
+    `model` is the unconverted model, with any weights, where its class is known only to you; it is not changed.
+    Nothing in the file is executed.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise AsymswapError(f"model= takes a module, such as Net(), not {model!r}")
+    return restore(read_checkpoint(Path(path)), str(path), model)
 
 
 def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Module:

@@ -8,7 +8,7 @@ from rich.text import Text
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import new_figure, picture_of
 from asymswap.reporting.tables import Column, Screen, Table
-from asymswap.results.offsets import STILL, OffsetReport, OffsetRow
+from asymswap.results.convert import STILL, OffsetReport, OffsetRow
 
 _DOT = "\N{MIDDLE DOT}"
 _ARROWS = "→↘↓↙←↖↑↗"

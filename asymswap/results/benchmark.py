@@ -4,14 +4,13 @@ from dataclasses import dataclass, field
 
 from asymswap.types import Cost, Ratio, Seconds, Shown
 
-TITLES = {
+TITLES = {  # the runtimes by their names
     "torch": "PyTorch",
     "compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
     "tensorrt": "TensorRT",
     "openvino": "OpenVINO",
 }
-"""The runtimes by their names."""
 
 
 @dataclass(frozen=True)

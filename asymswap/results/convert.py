@@ -1,12 +1,14 @@
-"""The reports of converting a model, of merging it back into ordinary convs, and of exporting it."""
+"""The reports of converting a model, of where its taps are, of merging it back into ordinary convs, of exporting it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from asymswap.results.evaluate import Agreement
-from asymswap.types import Cost, Fed, Ratio, Seconds, Shown
+from asymswap.types import Cost, Fed, Ratio, Seconds, Shown, Size
 
+STILL = 0.05  # pixels below which a tap counts as not moved
 _NOTHING = Cost(0, 0)
 
 
@@ -172,6 +174,43 @@ class Report(Shown, view="convert.report_view"):
     def swapped(self) -> tuple[SiteRow, ...]:
         """The rows of swapped sites."""
         return tuple(row for row in self.sites if row.action == "swap")
+
+
+@dataclass(frozen=True)
+class OffsetRow:
+    """The offsets of one layer, (down, right) in pixels of its input, for each tap row by row."""
+
+    derived: ClassVar = ("average", "still")
+
+    site: str
+    kind: str
+    kernel: Size
+    dilation: Size
+    mean: tuple[tuple[float, float], ...]  # over all pixels and images, where offsets are predicted from the input
+    spread: tuple[tuple[float, float], ...]  # their standard deviation
+    largest: float  # the longest single offset
+    limit: float | None = None  # along an axis; None if unbounded
+
+    @property
+    def average(self) -> float:
+        """The mean length of the mean offsets."""
+        return sum(math.hypot(*offset) for offset in self.mean) / len(self.mean)
+
+    @property
+    def still(self) -> bool:
+        """True if no tap has moved."""
+        return self.largest < STILL
+
+
+@dataclass(frozen=True)
+class OffsetReport(Shown, view="offsets.offsets_view"):
+    """The layers of one model whose taps can move; `probe` describes the inputs."""
+
+    model: str
+    rows: tuple[OffsetRow, ...]
+    probe: str
+    fed: Fed | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.api.offsets import read_offsets
+from asymswap.api.fuse import read_offsets
 from asymswap.reporting.offsets import arrows, draw, offsets_view
-from asymswap.results.offsets import OffsetReport, OffsetRow
+from asymswap.results.convert import OffsetReport, OffsetRow
 from asymswap.results.records import to_json
 
 RECIPE = '[[rules]]\nmatch = {{ kernel = "3x3", in_channels = {{ min = 8 }} }}\nswap = {{ {swap} }}\n'

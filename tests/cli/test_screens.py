@@ -28,6 +28,7 @@ from asymswap.cli.commands import SUMMARIES
 from asymswap.cli.main import main
 from asymswap.measure.latency import Timed
 from asymswap.models.converted import save_checkpoint
+from asymswap.results.benchmark import Result
 from asymswap.types import Ratio, Seconds
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -158,9 +159,9 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
     # What the machine tells, where it would change how tables and lines are set.
     monkeypatch.setattr("asymswap.api.compare.machine", lambda: {"processor": "a processor"})
     times = [
-        (Seconds(0.001, 0.00125, 0.01), None),
-        (Seconds(0.0005, 0.000625, 0.02), Ratio(0.5, 0.49, 0.52)),
-        (Seconds(0.0004, 0.0005, 0.03), Ratio(0.4, 0.36, 0.43)),
+        Result(0, 0, Seconds(0.001, 0.00125, 0.01)),
+        Result(1, 0, Seconds(0.0005, 0.000625, 0.02), ratio=Ratio(0.5, 0.49, 0.52)),
+        Result(2, 0, Seconds(0.0004, 0.0005, 0.03), ratio=Ratio(0.4, 0.36, 0.43)),
     ]
     monkeypatch.setattr("asymswap.api.compare.time_in_turn", lambda opened, timing, progress: times[: len(opened)])
     monkeypatch.setattr("asymswap.api.benchmark.machine", lambda: {"processor": "a processor", "cores": 2})

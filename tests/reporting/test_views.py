@@ -20,10 +20,9 @@ import asymswap.results
 from asymswap.models.opening import Made
 from asymswap.results.benchmark import Benchmark, BenchmarkedModel, Setting
 from asymswap.results.candidates import Candidates
-from asymswap.results.convert import Check, ExportReport, FusionReport, FusionRow, Report
+from asymswap.results.convert import Check, ExportReport, FusionReport, FusionRow, OffsetReport, OffsetRow, Report
 from asymswap.results.evaluate import Classification, ComparedRow, Comparison, EvaluationReport, ModelScores, Score
 from asymswap.results.finetune import TrainingReport
-from asymswap.results.offsets import OffsetReport, OffsetRow
 from asymswap.results.sweep import Point, Tradeoff
 from asymswap.types import Call, Candidate, ConvSpec, Cost, Keep, Plan, Shown, Site, Swap
 
