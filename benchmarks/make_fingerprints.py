@@ -17,8 +17,8 @@ from typing import Any
 import torchvision
 
 from asymswap.errors import SourceError
-from asymswap.models import builders, family
-from asymswap.models.family import Fingerprint, Free, Shapes, digest, shapes_hash
+from asymswap.models import builders, fingerprints
+from asymswap.models.fingerprints import Fingerprint, Shapes, digest, shapes_hash
 
 OUT = Path(__file__).parents[1] / "asymswap" / "models" / "fingerprints.tsv"
 
@@ -44,7 +44,7 @@ def forms(reference: str) -> list[dict[str, Any]]:
 
 def shapes_of(reference: str, arguments: Mapping[str, Any]) -> Shapes:
     """The keys and shapes of a network's state dict."""
-    return family.shapes_of(builders.family_of(reference).on_meta(reference, arguments).state_dict())
+    return fingerprints.shapes_of(builders.family_of(reference).on_meta(reference, arguments).state_dict())
 
 
 def shapes_or_none(reference: str, arguments: Mapping[str, Any]) -> Shapes | None:
@@ -62,13 +62,14 @@ def fingerprint(reference: str, arguments: dict[str, Any]) -> Fingerprint:
     some, others = (shapes_or_none(reference, {**arguments, "num_classes": n}) for n in CLASSES)
     if some is not None and others is not None and some.keys() == others.keys() == base.keys():
         free = tuple(
-            Free(key, axis, (b - a) // (CLASSES[1] - CLASSES[0]))
+            (key, axis, (b - a) // (CLASSES[1] - CLASSES[0]))
             for key in base
             for axis, (a, b) in enumerate(zip(some[key], others[key], strict=True))
             if a != b
         )
-        if free and all(some[one.key][one.axis] == one.times * CLASSES[0] for one in free):
-            count = base[free[0].key][free[0].axis] // free[0].times
+        if free and all(some[key][axis] == times * CLASSES[0] for key, axis, times in free):
+            key, axis, times = free[0]
+            count = base[key][axis] // times
             entry = dataclasses.replace(entry, classes=free, default_classes=count)
     entry = with_stem(entry, base, shapes_or_none(reference, {**arguments, "in_channels": CHANNELS}))
     if reference.startswith("torchvision:vit_"):
@@ -87,7 +88,7 @@ def with_stem(entry: Fingerprint, base: Shapes, other: Shapes | None) -> Fingerp
 
 def to_line(entry: Fingerprint) -> str:
     """A fingerprint as a line of the table."""
-    classes = " ".join(f"{one.key}:{one.axis}:{one.times}" for one in entry.classes)
+    classes = " ".join(f"{key}:{axis}:{times}" for key, axis, times in entry.classes)
     arguments = json.dumps(dict(entry.arguments), separators=(",", ":")) if entry.arguments else ""
     parts = (entry.reference, arguments, entry.keys, entry.shapes, classes, entry.default_classes or "", entry.stem,
              entry.default_channels or "", entry.position, entry.default_positions or "")  # fmt: skip

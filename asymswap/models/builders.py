@@ -14,7 +14,8 @@ from torch import nn
 from asymswap.errors import SourceError, listed
 from asymswap.fileformats.state_dict import State, compare, load_state_, strip_prefixes
 from asymswap.models import networks, timm_models, torchvision_models, transformers_models, ultralytics_models
-from asymswap.models.family import Arguments, Family, Fingerprint, from_weights, input_channels, matches, shapes_of
+from asymswap.models.family import Arguments, Family, from_weights, input_channels
+from asymswap.models.fingerprints import Fingerprint, matches, shapes_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
 from asymswap.types import Preprocessing, Progress

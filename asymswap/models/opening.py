@@ -22,7 +22,7 @@ from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.converted import restore
 from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
 from asymswap.models.family import Family, Fit
-from asymswap.models.names import near
+from asymswap.models.fingerprints import near
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.results.records import read_provenance

@@ -16,7 +16,7 @@ from torch import Tensor
 from asymswap.errors import SourceError
 from asymswap.models import builders, opening, torchvision_models
 from asymswap.models.builders import family_of, identify, known_references
-from asymswap.models.family import matches, shapes_of, table
+from asymswap.models.fingerprints import matches, shapes_of, table
 from asymswap.models.opening import open_model
 from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, silent

@@ -20,7 +20,7 @@ from asymswap.graph.trace import trace
 from asymswap.models.builders import build, known_references
 from asymswap.models.converted import rebuild
 from asymswap.models.factories import UserCode
-from asymswap.models.names import near
+from asymswap.models.fingerprints import near
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import is_file_reference, open_model
