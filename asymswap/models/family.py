@@ -26,8 +26,7 @@ Arguments = Mapping[str, Any]
 
 OTHER_WEIGHTS = 'use `weights="none"` for random weights or `weights="FILE"` for a state_dict'
 
-_MOST_BYTES = 2**30
-"""Of weights, where a network that nobody has filled yet takes memory: a file may claim any arguments for it."""
+_MOST_BYTES = 2**30  # of weights, where a network takes memory before it is filled: a file may claim any arguments
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,11 @@ class Fit:
 
 
 class Family(ABC):
-    """Networks that are built in one way from a full reference and arguments.
+    """Networks that are built in one way from a full reference and arguments."""
 
-    `private`: no code but ours, torch's and torchvision's builds them. `channels` is the argument that sets the number
-    of input channels; `prefix` begins all full references.
-    """
-
-    private = True
-    channels = "in_channels"
-    prefix = ""
+    private = True  # no code but ours, torch's and torchvision's builds them
+    channels = "in_channels"  # the argument that sets the number of input channels
+    prefix = ""  # of all full references
 
     def names(self) -> list[str]:
         """Return the full references of all networks, where they can be listed."""
@@ -93,17 +88,14 @@ class Family(ABC):
             raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}{hint}") from None
 
     def on_meta(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Build the network with its weights on the meta device: enough to compare keys and shapes.
-
-        Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte at most.
-        The random numbers of others are not touched. Raises SourceError as `build` does.
-        """
+        """Build the network with its weights on the meta device: enough to compare keys and shapes."""
         with torch.random.fork_rng(devices=[]):
             try:
                 with WithoutMemory(torch.empty):
                     return self.build(reference, arguments)
             except Exception:
-                # What is wrong with the arguments is wrong again.
+                # Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte
+                # at most. What is wrong with the arguments is wrong again.
                 with WithinMemory(_MOST_BYTES):
                     return self.build(reference, arguments)
 
@@ -120,10 +112,7 @@ class Family(ABC):
         return allocated(model) if unset else model
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
-        """Find the arguments that a state dict shows, such as class count and input channels, and what differs then.
-
-        The network is built without weights. Raises SourceError where it does not take the given arguments.
-        """
+        """Find the arguments that a state dict shows, such as class count and input channels, and what differs then."""
         for match in matches(shapes_of(state)):
             if match.reference == reference:
                 guess = {**match.arguments, **arguments}
@@ -172,9 +161,8 @@ def near_keyword(error: BaseException, arguments: Arguments) -> str:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     for given in (*frame.f_locals.values(), *frame.f_globals.values()):
         value = given.func if isinstance(given, functools.partial) else given
-        called = [vars(one).get("__init__") for one in value.__mro__] if isinstance(value, type) else [value]
-        for one in called:
-            if isinstance(one, FunctionType) and one.__qualname__ == said[1]:
+        for one in value.__mro__ if isinstance(value, type) else (value,):
+            if isinstance(one, FunctionType | type) and one.__qualname__ == said[1].removesuffix(".__init__"):
                 takes = [name for name in inspect.signature(one).parameters if name != "self"]
                 return near_names(said[2], takes) or f"; it takes {', '.join(takes)}"
     return ""
@@ -201,10 +189,7 @@ def from_weights(opened: OpenedModel) -> OpenedModel:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Return the number of channels of a network's input, as its first conv has it.
-
-    The conv that is defined first may not be the one that runs first: of one with many channels, the first conv that
-    takes 1 or 3 is believed instead.
-    """
+    """Return the number of channels of a network's input, as its first conv has it."""
+    # The conv that is defined first may not run first: if it has many channels, one that takes 1 or 3 is believed.
     channels = [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)] or [3]
     return channels[0] if channels[0] <= 4 else next((one for one in channels if one in (1, 3)), channels[0])

@@ -1,8 +1,8 @@
 """The networks that need no further package, by their names and by the keys and shapes of their state dicts.
 
 `fingerprints.tsv` (made by benchmarks/make_fingerprints.py) has a line for each network that torchvision and asymswap
-can build, and for each of its forms that has other keys. The sizes that follow the number of classes or of input
-channels are left out of its hashes, and read off the state dict instead. All of this without torch.
+can build, and for each of its forms that has other keys. The sizes that follow an argument, such as the number of
+classes, are left out of its hashes, and read off the state dict instead. All of this without torch.
 """
 
 import difflib
@@ -18,28 +18,22 @@ from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-Free = tuple[str, int, int]
-"""A size that follows the number of classes: which key, which axis, and how many times the number it is."""
+Free = tuple[str, int, str, int, int]
+"""A size that follows an argument: which argument, its default, which key, which axis, how many times the argument.
+
+The positions of a vision transformer follow `image_size`, where the last number is the side of a patch.
+"""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """One form of a known network: how it is built, and what its state dict looks like.
-
-    `stem` is the first conv's weight, whose axis 1 counts the input's channels; `position` is the position embedding
-    of a vision transformer, whose axis 1 follows the image's size.
-    """
+    """One form of a known network: how it is built, and hashes of what its state dict looks like."""
 
     reference: str
     arguments: Mapping[str, Any]
     keys: str
     shapes: str
-    classes: tuple[Free, ...] = ()
-    stem: str = ""
-    position: str = ""
-    default_classes: int = 0
-    default_channels: int = 0
-    default_positions: int = 0
+    free: Sequence[Free]
 
 
 @functools.cache
@@ -49,18 +43,16 @@ def table() -> Mapping[str, Sequence[Fingerprint]]:
     found: dict[str, list[Fingerprint]] = defaultdict(list)
     for line in text.splitlines():
         if not line.startswith("#"):
-            reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
-            parts = (part.rsplit(":", 2) for part in classes.split())
-            free = tuple((key, int(axis), int(times)) for key, axis, times in parts)
-            counts = [int(number or 0) for number in (count, channels, positions)]
-            entry = Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, free, stem, position, *counts)
-            found[keys].append(entry)
+            reference, arguments, keys, shapes, free = line.split("\t")
+            found[keys].append(Fingerprint(reference, json.loads(arguments), keys, shapes, json.loads(free)))
     return found
 
 
 def stored_networks() -> dict[str, int]:
     """Return the channels of the input of each network in the table, 0 where they vary, by full reference."""
-    return {entry.reference: entry.default_channels for entries in table().values() for entry in entries}
+    entries = [entry for entries in table().values() for entry in entries]
+    channels = {entry.reference: free[1] for entry in entries for free in entry.free if free[0] == "in_channels"}
+    return {entry.reference: channels.get(entry.reference, 0) for entry in entries}
 
 
 def near(reference: str) -> str:
@@ -84,12 +76,12 @@ def digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
-def shapes_hash(shapes: Shapes, entry: Fingerprint) -> str:
-    """Hash the shapes but for the sizes that a fingerprint leaves open."""
-    free = {(key, axis) for key, axis, _ in entry.classes} | {(entry.stem, 1), (entry.position, 1)}
+def shapes_hash(shapes: Shapes, free: Iterable[Free]) -> str:
+    """Hash the shapes but for the sizes that follow arguments."""
+    left_open = {(key, axis) for _, _, key, axis, _ in free}
     lines = []
     for key, shape in shapes.items():
-        sizes = ["*" if (key, axis) in free else str(size) for axis, size in enumerate(shape)]
+        sizes = ["*" if (key, axis) in left_open else str(size) for axis, size in enumerate(shape)]
         lines.append(f"{key} {'x'.join(sizes)}")
     return digest(lines)
 
@@ -98,27 +90,21 @@ def matches(shapes: Shapes) -> list[Fingerprint]:
     """Return every known network that these shapes fit, with the arguments that make it fit; none is built."""
     found = []
     for entry in table().get(digest(shapes), ()):
-        arguments = _read_off(entry, shapes) if shapes_hash(shapes, entry) == entry.shapes else None
+        arguments = _read_off(entry.free, shapes) if shapes_hash(shapes, entry.free) == entry.shapes else None
         if arguments is not None:
             found.append(replace(entry, arguments={**entry.arguments, **arguments}))
     return found
 
 
-def _read_off(entry: Fingerprint, shapes: Shapes) -> dict[str, Any] | None:
-    """Return the arguments that the free sizes show, where they differ from the defaults; None if they disagree."""
-    arguments: dict[str, Any] = {}
-    counts = {divmod(shapes[key][axis], times) for key, axis, times in entry.classes}
-    if len(counts) > 1 or any(rest or not count for count, rest in counts):
-        return None
-    for count, _ in counts:
-        if count != entry.default_classes:
-            arguments["num_classes"] = count
-    if entry.stem and shapes[entry.stem][1] != entry.default_channels:
-        arguments["in_channels"] = shapes[entry.stem][1]
-    if entry.position and shapes[entry.position][1] != entry.default_positions:
-        # One position is the class token's; the others are the image's patches, in a square.
-        side = math.isqrt(max(shapes[entry.position][1] - 1, 0))
-        if side * side != shapes[entry.position][1] - 1:
+def _read_off(free: Iterable[Free], shapes: Shapes) -> dict[str, int] | None:
+    """Return the arguments that sizes show, where they differ from the defaults; None if the sizes disagree."""
+    arguments, defaults = dict[str, int](), dict[str, int]()
+    for argument, default, key, axis, times in free:
+        size = shapes[key][axis]
+        # Of an image, one position is the class token's; the others are its patches, in a square.
+        side = math.isqrt(max(size - 1, 0))
+        value, rest = (side * times, size - 1 - side * side) if argument == "image_size" else divmod(size, times)
+        if rest or not value or arguments.setdefault(argument, value) != value:
             return None
-        arguments["image_size"] = side * shapes[entry.stem][2]
-    return arguments
+        defaults[argument] = default
+    return {argument: value for argument, value in arguments.items() if value != defaults[argument]}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from families import known_references
 from processes import forked
 
 from asymswap.cli import early
 from asymswap.errors import AsymswapError
-from asymswap.models.builders import known_references
 from asymswap.models.fingerprints import stored_networks
 
 MISTAKES = {
