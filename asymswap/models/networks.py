@@ -76,11 +76,11 @@ def project_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Mod
 
 
 class SqueezeExcite(nn.Module):
-    """Channels weighted by what the whole feature map holds (Hu et al. 2018, equations 2 to 4), without biases."""
+    """Channels weighted by what the whole feature map holds (Hu et al. 2018, equations 2 to 4)."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, channels // reduction, bias=False)
+        self.fc1 = nn.Linear(channels, channels // reduction, bias=False)  # ResNets do better without, they found
         self.fc2 = nn.Linear(channels // reduction, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
 """A model that has been opened: the module with its origin, its preprocessing and example inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -65,7 +63,7 @@ class OpenedModel:
         """Return the header of a checkpoint of this model."""
         return Header(self.origin, self.plans, self.preprocessing, self.provenance, self.skeleton)
 
-    def on_device(self, choose: bool = True) -> OpenedModel:
+    def on_device(self, choose: bool = True) -> Self:
         """Return it where images run, copied if need be: on the device asked for, else a GPU rather than the CPU.
 
         Only with `choose` is a GPU chosen: a user's metric may make inputs of its own on the CPU.

@@ -23,7 +23,7 @@ from asymswap.utils.files import write_file
 PREFIX = "transformers:"
 # By these a config could name other code (kernels of a hub as well), or another package to build the weights with.
 _LEFT_OUT = re.compile(
-    r"auto_map|custom_pipelines|quantization_config|_name_or_path|\w*implementation\w*|\w*kernel_config"
+    r"auto_map|custom_pipelines|quantization_config|_name_or_path|\w*(implementation\w*|kernel_config)"
 )
 # By these a network that is elsewhere, which transformers would fetch.
 _ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone")
