@@ -6,8 +6,8 @@ the sizes that change are those that follow the argument. `--check` compares ins
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from typing import Any
 import torchvision
 
 from asymswap.errors import SourceError
-from asymswap.models import builders, family
-from asymswap.models.family import Fingerprint, Free, Shapes, digest, shapes_hash
+from asymswap.models import builders, fingerprints
+from asymswap.models.fingerprints import Fingerprint, Free, Shapes, digest, shapes_hash
 
 OUT = Path(__file__).parents[1] / "asymswap" / "models" / "fingerprints.tsv"
 
@@ -28,7 +28,8 @@ CLASSES, CHANNELS = (11, 13), 5
 
 def references() -> list[str]:
     """All known networks but the quantisable ones, which compute what their namesakes do and have the same keys."""
-    return [name for name in builders.known_references() if not name.startswith("torchvision:quantized_")]
+    names = builders.OWN.names() + builders.TORCHVISION.names()
+    return [name for name in names if not name.startswith("torchvision:quantized_")]
 
 
 def forms(reference: str) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def forms(reference: str) -> list[dict[str, Any]]:
 
 def shapes_of(reference: str, arguments: Mapping[str, Any]) -> Shapes:
     """The keys and shapes of a network's state dict."""
-    return family.shapes_of(builders.family_of(reference).on_meta(reference, arguments).state_dict())
+    return fingerprints.shapes_of(builders.family_of(reference).on_meta(reference, arguments).state_dict())
 
 
 def shapes_or_none(reference: str, arguments: Mapping[str, Any]) -> Shapes | None:
@@ -58,47 +59,38 @@ def shapes_or_none(reference: str, arguments: Mapping[str, Any]) -> Shapes | Non
 def fingerprint(reference: str, arguments: dict[str, Any]) -> Fingerprint:
     """What one form of a network looks like."""
     base = shapes_of(reference, arguments)
-    entry = Fingerprint(reference, arguments, digest(base), "")
+    free: list[Free] = []
     some, others = (shapes_or_none(reference, {**arguments, "num_classes": n}) for n in CLASSES)
     if some is not None and others is not None and some.keys() == others.keys() == base.keys():
-        free = tuple(
-            Free(key, axis, (b - a) // (CLASSES[1] - CLASSES[0]))
+        changed = [
+            (key, axis, (b - a) // (CLASSES[1] - CLASSES[0]))
             for key in base
             for axis, (a, b) in enumerate(zip(some[key], others[key], strict=True))
             if a != b
-        )
-        if free and all(some[one.key][one.axis] == one.times * CLASSES[0] for one in free):
-            count = base[free[0].key][free[0].axis] // free[0].times
-            entry = dataclasses.replace(entry, classes=free, default_classes=count)
-    entry = with_stem(entry, base, shapes_or_none(reference, {**arguments, "in_channels": CHANNELS}))
+        ]
+        if all(some[key][axis] == times * CLASSES[0] for key, axis, times in changed):
+            free += [("num_classes", base[key][axis] // times, key, axis, times) for key, axis, times in changed]
+    wider = shapes_or_none(reference, {**arguments, "in_channels": CHANNELS})
+    stems = [key for key in base if wider is not None and wider[key] != base[key]]
+    if len(stems) == 1:
+        free.append(("in_channels", base[stems[0]][1], stems[0], 1, 1))
     if reference.startswith("torchvision:vit_"):
-        position = "encoder.pos_embedding"
-        entry = dataclasses.replace(entry, position=position, default_positions=base[position][1])
-    return dataclasses.replace(entry, shapes=shapes_hash(base, entry))
-
-
-def with_stem(entry: Fingerprint, base: Shapes, other: Shapes | None) -> Fingerprint:
-    """The fingerprint with the one weight that follows the input's channels, where there is one."""
-    changed = [key for key in base if other is not None and other[key] != base[key]]
-    if len(changed) != 1:
-        return entry
-    return dataclasses.replace(entry, stem=changed[0], default_channels=base[changed[0]][1])
+        position, patch = "encoder.pos_embedding", base["conv_proj.weight"][2]
+        free.append(("image_size", patch * math.isqrt(base[position][1] - 1), position, 1, patch))
+    return Fingerprint(reference, arguments, digest(base), shapes_hash(base, free), free)
 
 
 def to_line(entry: Fingerprint) -> str:
     """A fingerprint as a line of the table."""
-    classes = " ".join(f"{one.key}:{one.axis}:{one.times}" for one in entry.classes)
-    arguments = json.dumps(dict(entry.arguments), separators=(",", ":")) if entry.arguments else ""
-    parts = (entry.reference, arguments, entry.keys, entry.shapes, classes, entry.default_classes or "", entry.stem,
-             entry.default_channels or "", entry.position, entry.default_positions or "")  # fmt: skip
-    return "\t".join(map(str, parts))
+    arguments, free = (json.dumps(part, separators=(",", ":")) for part in (dict(entry.arguments), entry.free))
+    return "\t".join([entry.reference, arguments, entry.keys, entry.shapes, free])
 
 
 def text() -> str:
     """The whole table."""
     lines = [to_line(fingerprint(reference, arguments)) for reference in references() for arguments in forms(reference)]
     head = f"# made by benchmarks/make_fingerprints.py with torchvision {torchvision.__version__.partition('+')[0]}"
-    columns = "# reference, arguments, keys, shapes, classes, their number, stem, its channels, positions, their number"
+    columns = "# reference, arguments, keys, shapes, sizes that follow an argument: it, its default, key, axis, times"
     return "\n".join([head, columns, *lines]) + "\n"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from asymswap.data.references import check_reference
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import exists, is_file_name, sniff
-from asymswap.models.names import near, stored_networks
+from asymswap.models.fingerprints import near, stored_networks
 from asymswap.planning.shipped import read_recipe_text
 
 

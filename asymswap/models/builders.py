@@ -1,7 +1,4 @@
-"""The networks that can be built from a reference alone, without running the user's code, of all families.
-
-Also: which of them a bare state dict belongs to, by the table of fingerprints, under every prefix that may be off.
-"""
+"""The networks that can be built from a reference alone, of all families, and which of them a state dict belongs to."""
 
 import functools
 from collections.abc import Mapping
@@ -13,10 +10,15 @@ from torch import nn
 
 from asymswap.errors import SourceError, listed
 from asymswap.fileformats.state_dict import State, compare, load_state_, strip_prefixes
-from asymswap.models import networks, timm_models, torchvision_models, transformers_models, ultralytics_models
-from asymswap.models.family import Arguments, Family, Fingerprint, from_weights, input_channels, matches, shapes_of
+from asymswap.models import networks
+from asymswap.models.family import Arguments, Family, from_weights, input_channels
+from asymswap.models.fingerprints import Fingerprint, matches, shapes_of
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_channels
+from asymswap.models.timm_models import Timm
+from asymswap.models.torchvision_models import Torchvision, classifiers, with_current_keys
+from asymswap.models.transformers_models import Transformers
+from asymswap.models.ultralytics_models import Ultralytics
 from asymswap.types import Preprocessing, Progress
 
 DIGITS = "digits-resnet"
@@ -36,8 +38,7 @@ class OwnNetworks(Family):
         return [*self.builders]
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        builder = self.builders[reference]
-        return builder(**arguments)
+        return self.builders[reference](**arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         if reference != DIGITS:
@@ -54,19 +55,8 @@ class OwnNetworks(Family):
         return with_channels(own, input_channels(model))
 
 
-TORCHVISION, TIMM, OWN = torchvision_models.Torchvision(), timm_models.Timm(), OwnNetworks()
-FAMILIES: tuple[Family, ...] = (
-    TIMM,
-    transformers_models.Transformers(),
-    ultralytics_models.Ultralytics(),
-    OWN,
-    TORCHVISION,
-)
-
-
-def known_references() -> list[str]:
-    """Return every reference that names a network which needs no further package, in its full form."""
-    return OWN.names() + TORCHVISION.names()
+OWN, TORCHVISION = OwnNetworks(), Torchvision()
+FAMILIES: tuple[Family, ...] = (Timm(), Transformers(), Ultralytics(), OWN, TORCHVISION)
 
 
 def canonical(reference: str) -> str | None:
@@ -92,16 +82,12 @@ def shapes(reference: str) -> frozenset[tuple[str, tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class View:
-    """A state dict without a prefix of its keys, and without the keys that lack it.
-
-    `whole`: nothing that computes was left out, only a loss's weights, a metric's state, or copies of the very same
-    network.
-    """
+    """A state dict without a prefix of its keys, and without the keys that lack it."""
 
     state: State
     prefix: str = ""
     left_out: tuple[str, ...] = ()
-    whole: bool = True
+    whole: bool = True  # nothing that computes was left out: a loss's weights, a metric's state, copies of the network
 
     def notes(self) -> tuple[str, ...]:
         """Say what was done to the keys, for the report."""
@@ -136,18 +122,15 @@ def _below(view: View) -> list[View]:
             continue
         others = {name: group for name, group in groups.items() if name != prefix}
         left_out = tuple(f"{view.prefix}{name}{rest}" for name, group in others.items() for rest in group)
-        counts = [t for group in others.values() if group.keys() != part.keys() for t in group.values() if t.ndim >= 2]
-        whole = view.whole and not counts
+        unlike = [tensor for group in others.values() if group.keys() != part.keys() for tensor in group.values()]
+        whole = view.whole and all(tensor.ndim < 2 for tensor in unlike)
         found.append(View(strip_prefixes(part), view.prefix + prefix, view.left_out + left_out, whole))
     return found
 
 
 def identify(state: State, label: str, progress: Progress) -> tuple[Fingerprint, View]:
-    """Return the one known architecture that a state dict fits, and the view of it that fits.
-
-    Raises SourceError for none and for several.
-    """
-    for view in views(torchvision_models.with_current_keys(state)):
+    """Return the one known network that a state dict fits, and the view; raise SourceError for none or several."""
+    for view in views(with_current_keys(state)):
         fitting = matches(shapes_of(view.state)) if view.whole else []
         fewest = min((len(match.arguments) for match in fitting), default=0)
         found = [match for match in fitting if len(match.arguments) == fewest]
@@ -166,13 +149,10 @@ def identify(state: State, label: str, progress: Progress) -> tuple[Fingerprint,
 
 
 def nearest(state: State, progress: Progress) -> tuple[float, str, View]:
-    """Return the known network that shares most with a state dict, how much that is (0 to 1), and under which prefix.
-
-    Likeness is the number of common (key, shape) pairs over the number of all. The networks are built without weights.
-    """
-    references = sorted([*OWN.names(), *(f"torchvision:{name}" for name in torchvision_models.classifiers())])
+    """Return the share of common (key, shape) pairs, 0 to 1, with the likest known network, its name and the view."""
+    references = sorted([*OWN.names(), *(f"torchvision:{name}" for name in classifiers())])
     best: tuple[float, str, View] = (-1.0, "", View(state))
-    for view in views(torchvision_models.with_current_keys(state)):
+    for view in views(with_current_keys(state)):
         own = set(shapes_of(view.state).items())
         for done, reference in enumerate(references, start=1):
             pairs = shapes(reference)

@@ -1,8 +1,4 @@
-"""Converted models: rebuilt with their weights, and saved.
-
-A converted model is built unconverted, its structure is swapped, and its state dict loaded strictly; a file is written
-only where that works.
-"""
+"""Converted models: built unconverted, swapped, filled strictly with their weights; saved only where that works."""
 
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from asymswap.fileformats.torch_files import from_structure
 from asymswap.graph.surgery import swap
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import how_to_build
+from asymswap.models.family import package
 from asymswap.models.opened import OpenedModel
 from asymswap.planning.apply import apply_plan
 from asymswap.types import Origin
@@ -58,7 +55,7 @@ def versions(origin: Origin) -> dict[str, str]:
     """Return the versions of all that a checkpoint of this origin was made with, for its provenance."""
     found = {"asymswap": asymswap.__version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
     if origin.reference.startswith(timm_models.PREFIX):
-        found["timm"] = str(timm_models.timm().__version__)
+        found["timm"] = str(package("timm").__version__)
     return found
 
 
@@ -74,10 +71,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def restore(stored: Stored, label: str, model: nn.Module | None = None) -> nn.Module:
-    """Return the converted model with its weights, in eval mode and trainable.
+    """Return the converted model with its weights, in eval mode and trainable; raise CheckpointError for a misfit.
 
-    `model` is the unconverted model, of any weights, where only the user can build it; it is not changed. Raises
-    CheckpointError where the parts do not fit each other.
+    `model` is the unconverted model, of any weights, where only the user can build it; it is not changed.
     """
     header = stored.header
     try:

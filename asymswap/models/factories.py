@@ -1,8 +1,7 @@
 """Modules of the user's own: given ones, and those that code builds which does not come with asymswap.
 
-This is the one place where such code is run. `package.module:callable` is imported, as `python -m` does, and the file
-of `path/to/net.py:callable` is run: naming it is the consent. A reference in a file is never looked up here: only what
-the user names, now, is run.
+Such code is run here alone: `package.module:callable` is imported, as `python -m` does, the file of
+`path/to/net.py:callable` is run. What the user names, now, is run, which is the consent; never what a file names.
 """
 
 import ast
@@ -37,10 +36,8 @@ _PREFIXES = ("cifar", "timm", "torchvision", "transformers", "ultralytics")
 
 def _parse(reference: str) -> tuple[str, str]:
     """Split a reference into a module's name or a file's path, and what in it builds the model."""
-    if PurePath(reference).suffix.lower() == ".py":
-        # The only colon there may be is a drive letter's.
-        return reference, ""
-    home, _, attribute = reference.rpartition(":")
+    whole = PurePath(reference).suffix.lower() == ".py"  # the only colon there may be is a drive letter's
+    home, _, attribute = (reference, "", "") if whole else reference.rpartition(":")
     return home, attribute
 
 
@@ -71,10 +68,7 @@ def how_built(reference: str) -> tuple[str, ...]:
 
 
 def how_to_build(origin: Origin) -> str:
-    """Say how a model of this origin is built again, with the origin itself filled in where the user's code built it.
-
-    The text comes from a file, and only the user can say whether that code is theirs: nothing of it is run here.
-    """
+    """Say how a model of this origin, which a file tells, is built again; nothing of it is run here."""
     named = re.fullmatch(r"class:(?!__main__\.)([\w.]+?)\.([A-Z]\w*(?:\.\w+)*|\w+)", origin.reference)
     arch = ":".join(named.groups()) if named else origin.reference
     # What is no plain name is not offered for copying.
@@ -92,25 +86,20 @@ def describe_module(model: nn.Module, weights: str) -> OpenedModel:
     skeleton = to_structure(model)
     if skeleton is not None:
         return OpenedModel(model, Origin(f"skeleton:{name}"), preprocessing, weights, skeleton=skeleton)
-    origin = timm_models.origin_of(model)
-    if origin is not None:
-        own = timm_models.Timm().preprocessing(origin.reference, model, origin.arguments)
-        return OpenedModel(model, origin, own, weights)
-    origin = ultralytics_models.origin_of(model)
-    if origin is not None:
-        own = ultralytics_models.Ultralytics().preprocessing(origin.reference, model, origin.arguments)
-        return OpenedModel(model, origin, own, weights)
+    timm, ultralytics = timm_models.Timm(), ultralytics_models.Ultralytics()
+    for family in (timm, ultralytics):
+        origin = family.origin_of(model)
+        if origin is not None:
+            own = family.preprocessing(origin.reference, model, origin.arguments)
+            return OpenedModel(model, origin, own, weights)
     if timm_models.made_by_timm(model) is not None:
-        preprocessing = timm_models.Timm().preprocessing("", model, {})
+        preprocessing = timm.preprocessing("", model, {})
     note = f"load the result with asymswap.load(path, model=…), for {name} is not made of allowlisted classes alone"
     return OpenedModel(model, Origin(f"class:{name}"), preprocessing, weights, (note,))
 
 
 class UserCode(Family):
-    """`package.module:callable` and `path/to/net.py:callable`, whose code is run, for one model.
-
-    Or a module that is given for its architecture, and copied.
-    """
+    """One model: of code that is run (`package.module:callable`, `path/net.py:callable`), or a copy of a given one."""
 
     private = False
 
@@ -119,10 +108,7 @@ class UserCode(Family):
         self._built: nn.Module | None = None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Run the code and return the model that it builds, or the module that it names.
-
-        Raises SourceError where there is no such code, where it fails or returns something else.
-        """
+        """Run the code and return the model that it builds, or the module that it names; raise SourceError."""
         if self._given is not None:
             return deep_copy(self._given)
         with found_callable(reference) as factory:
@@ -149,12 +135,11 @@ class UserCode(Family):
             return opened
         notes = opened.notes
         if not opened.origin.reference.startswith(timm_models.PREFIX):
-            kept = dict(arguments)
+            kept = {}
             for name, value in arguments.items():
-                try:
+                with contextlib.suppress(TypeError, ValueError):
                     json.dumps(value)
-                except (TypeError, ValueError):
-                    del kept[name]
+                    kept[name] = value
             lost = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if name not in kept)
             if lost:
                 notes = (f"a file cannot hold the arguments {lost}: give them again with `arch=…`", *notes)
@@ -172,10 +157,7 @@ class UserCode(Family):
 
 @contextlib.contextmanager
 def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
-    """Run the code that a reference names and give the callable in it, to be called while the block lasts.
-
-    `Class.method` is looked up part by part. Raises SourceError where there is no such code, or it fails.
-    """
+    """Run the code that a reference names and give the callable in it, to be called in the block; raise SourceError."""
     home, attribute = _parse(reference)
     with contextlib.ExitStack() as stack:
         if names_python_file(reference):
@@ -198,10 +180,9 @@ def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
                 if isinstance(error, ModuleNotFoundError) and f"{home}.".startswith(f"{error.name}."):
                     why = f"no module named {error.name!r}{near_names(home, _PREFIXES)}"
                 raise SourceError(f"cannot import {home!r} of {reference!r}: {why}") from error
-        try:
+        found = None
+        with contextlib.suppress(AttributeError):
             found = functools.reduce(getattr, attribute.split("."), module)
-        except AttributeError:
-            found = None
         if not callable(found):
             hint = near_names(attribute, [key for key, value in vars(module).items() if callable(value)])
             raise SourceError(f"{home} has no callable {attribute!r}{hint}")
@@ -212,8 +193,7 @@ def found_callable(reference: str) -> Iterator[Callable[..., Any]]:
 def running(home: str, reference: str) -> Iterator[ModuleType]:
     """Run a Python file, which a reference names, and give its module, whose functions are called in the block.
 
-    Modules beside the file are found, as when Python runs it; afterwards only where nothing else is found. Prints go to
-    stderr, since stdout is the report's.
+    Modules beside the file are found; afterwards only where nothing else is. Prints go to stderr, off the report.
     """
     path, about = Path(home), home if home == reference else f"{home} of {reference!r}"
     if not path.is_file():

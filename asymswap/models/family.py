@@ -1,24 +1,14 @@
-"""What a family of networks is: how its references are built, filled with weights, and fed.
-
-Also: the known networks that have given keys and shapes, by a table of hashes, without building any. `fingerprints.tsv`
-(made by benchmarks/make_fingerprints.py) has a line for each network that torchvision and asymswap can build, and for
-each of its forms that has other keys. The sizes that follow the number of classes or of input channels are left out of
-the hash, and read off the state dict instead.
-"""
+"""What a family of networks is: how its references are built, filled with weights, and fed."""
 
 import contextlib
 import functools
-import hashlib
+import importlib
 import inspect
-import json
-import math
 import re
 import traceback
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from types import FunctionType
 from typing import Any
 
@@ -27,6 +17,7 @@ from torch import nn
 
 from asymswap.errors import SourceError, listed, near_names, reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
+from asymswap.models.fingerprints import matches, shapes_of
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Origin, Preprocessing
 from asymswap.utils.tensors import WithinMemory, WithoutMemory, allocated, list_tensors
@@ -35,106 +26,7 @@ Arguments = Mapping[str, Any]
 
 OTHER_WEIGHTS = 'use `weights="none"` for random weights or `weights="FILE"` for a state_dict'
 
-_MOST_BYTES = 2**30
-"""Of weights, where a network that nobody has filled yet takes memory: a file may claim any arguments for it."""
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Free:
-    """A size that follows an argument: which key, which axis, and how many times the argument it is."""
-
-    key: str
-    axis: int
-    times: int = 1
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """One form of a known network: how it is built, and what its state dict looks like.
-
-    `stem` is the first conv's weight, whose axis 1 counts the input's channels; `position` is the position embedding
-    of a vision transformer, whose axis 1 follows the image's size.
-    """
-
-    reference: str
-    arguments: Mapping[str, Any]
-    keys: str
-    shapes: str
-    classes: tuple[Free, ...] = ()
-    stem: str = ""
-    position: str = ""
-    default_classes: int = 0
-    default_channels: int = 0
-    default_positions: int = 0
-
-
-def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a state dict, without the counters of batches, which old files lack."""
-    return {key: tuple(t.shape) for key, t in state.items() if not key.endswith("num_batches_tracked")}
-
-
-def digest(lines: Iterable[str]) -> str:
-    """Hash lines of text, in any order: the keys, or the keys with their shapes."""
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
-
-
-def shapes_hash(shapes: Shapes, entry: Fingerprint) -> str:
-    """Hash the shapes but for the sizes that a fingerprint leaves open."""
-    free = {(one.key, one.axis) for one in entry.classes} | {(entry.stem, 1), (entry.position, 1)}
-    lines = []
-    for key, shape in shapes.items():
-        sizes = ["*" if (key, axis) in free else str(size) for axis, size in enumerate(shape)]
-        lines.append(f"{key} {'x'.join(sizes)}")
-    return digest(lines)
-
-
-def matches(shapes: Shapes) -> list[Fingerprint]:
-    """Return every known network that these shapes fit, with the arguments that make it fit."""
-    found = []
-    for entry in table().get(digest(shapes), ()):
-        arguments = _read_off(entry, shapes) if shapes_hash(shapes, entry) == entry.shapes else None
-        if arguments is not None:
-            found.append(replace(entry, arguments={**entry.arguments, **arguments}))
-    return found
-
-
-@functools.cache
-def table() -> Mapping[str, Sequence[Fingerprint]]:
-    """Return the shipped fingerprints by the hash of their keys."""
-    text = resources.files(__package__).joinpath("fingerprints.tsv").read_text(encoding="utf-8")
-    found: dict[str, list[Fingerprint]] = defaultdict(list)
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            reference, arguments, keys, shapes, classes, count, stem, channels, position, positions = line.split("\t")
-            parts = (part.rsplit(":", 2) for part in classes.split())
-            free = tuple(Free(key, int(axis), int(times)) for key, axis, times in parts)
-            counts = [int(number or 0) for number in (count, channels, positions)]
-            entry = Fingerprint(reference, json.loads(arguments or "{}"), keys, shapes, free, stem, position, *counts)
-            found[keys].append(entry)
-    return found
-
-
-def _read_off(entry: Fingerprint, shapes: Shapes) -> dict[str, Any] | None:
-    """Return the arguments that the free sizes show, where they differ from the defaults; None if they disagree."""
-    arguments: dict[str, Any] = {}
-    counts = {divmod(shapes[one.key][one.axis], one.times) for one in entry.classes}
-    if len(counts) > 1 or any(rest or not count for count, rest in counts):
-        return None
-    for count, _ in counts:
-        if count != entry.default_classes:
-            arguments["num_classes"] = count
-    if entry.stem and shapes[entry.stem][1] != entry.default_channels:
-        arguments["in_channels"] = shapes[entry.stem][1]
-    if entry.position and shapes[entry.position][1] != entry.default_positions:
-        # One position is the class token's; the others are the image's patches, in a square.
-        side = math.isqrt(max(shapes[entry.position][1] - 1, 0))
-        if side * side != shapes[entry.position][1] - 1:
-            return None
-        arguments["image_size"] = side * shapes[entry.stem][2]
-    return arguments
+_MOST_BYTES = 2**30  # of weights, where a network takes memory before it is filled: a file may claim any arguments
 
 
 @dataclass(frozen=True)
@@ -150,15 +42,11 @@ class Fit:
 
 
 class Family(ABC):
-    """Networks that are built in one way from a full reference and arguments.
+    """Networks that are built in one way from a full reference and arguments."""
 
-    `private`: no code but ours, torch's and torchvision's builds them. `channels` is the argument that sets the number
-    of input channels; `prefix` begins all full references.
-    """
-
-    private = True
-    channels = "in_channels"
-    prefix = ""
+    private = True  # no code but ours, torch's and torchvision's builds them
+    channels = "in_channels"  # the argument that sets the number of input channels
+    prefix = ""  # of all full references
 
     def names(self) -> list[str]:
         """Return the full references of all networks, where they can be listed."""
@@ -200,17 +88,14 @@ class Family(ABC):
             raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}{hint}") from None
 
     def on_meta(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Build the network with its weights on the meta device: enough to compare keys and shapes.
-
-        Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte at most.
-        The random numbers of others are not touched. Raises SourceError as `build` does.
-        """
+        """Build the network with its weights on the meta device: enough to compare keys and shapes."""
         with torch.random.fork_rng(devices=[]):
             try:
                 with WithoutMemory(torch.empty):
                     return self.build(reference, arguments)
             except Exception:
-                # What is wrong with the arguments is wrong again.
+                # Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte
+                # at most. What is wrong with the arguments is wrong again.
                 with WithinMemory(_MOST_BYTES):
                     return self.build(reference, arguments)
 
@@ -227,10 +112,7 @@ class Family(ABC):
         return allocated(model) if unset else model
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
-        """Find the arguments that a state dict shows, such as class count and input channels, and what differs then.
-
-        The network is built without weights. Raises SourceError where it does not take the given arguments.
-        """
+        """Find the arguments that a state dict shows, such as class count and input channels, and what differs then."""
         for match in matches(shapes_of(state)):
             if match.reference == reference:
                 guess = {**match.arguments, **arguments}
@@ -258,6 +140,18 @@ class Family(ABC):
         return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
+def package(name: str) -> Any:
+    """Import a package that only one family needs, or a part of it; raise SourceError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        whole = name.partition(".")[0]
+        what = f"{whole} cannot be imported: {error}; install it again"
+        if error.name == whole:
+            what = f"models of {whole}: need {whole}, which is not installed; install it"
+        raise SourceError(f"{what}: pip install 'asymswap[{whole}]'") from None
+
+
 def near_keyword(error: BaseException, arguments: Arguments) -> str:
     """Name, for a message, what is close to an argument that a builder has handed on to a callable without it."""
     said = re.search(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
@@ -267,9 +161,8 @@ def near_keyword(error: BaseException, arguments: Arguments) -> str:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     for given in (*frame.f_locals.values(), *frame.f_globals.values()):
         value = given.func if isinstance(given, functools.partial) else given
-        called = [vars(one).get("__init__") for one in value.__mro__] if isinstance(value, type) else [value]
-        for one in called:
-            if isinstance(one, FunctionType) and one.__qualname__ == said[1]:
+        for one in value.__mro__ if isinstance(value, type) else (value,):
+            if isinstance(one, FunctionType | type) and one.__qualname__ == said[1].removesuffix(".__init__"):
                 takes = [name for name in inspect.signature(one).parameters if name != "self"]
                 return near_names(said[2], takes) or f"; it takes {', '.join(takes)}"
     return ""
@@ -296,10 +189,7 @@ def from_weights(opened: OpenedModel) -> OpenedModel:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Return the number of channels of a network's input, as its first conv has it.
-
-    The conv that is defined first may not be the one that runs first: of one with many channels, the first conv that
-    takes 1 or 3 is believed instead.
-    """
+    """Return the number of channels of a network's input, as its first conv has it."""
+    # The conv that is defined first may not run first: if it has many channels, one that takes 1 or 3 is believed.
     channels = [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)] or [3]
     return channels[0] if channels[0] <= 4 else next((one for one in channels if one in (1, 3)), channels[0])

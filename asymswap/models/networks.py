@@ -38,7 +38,6 @@ class _Classifier(nn.Module):
     """Stages by name, and a linear layer on the average of the last feature map."""
 
     stages: list[str]
-    linear: nn.Linear
 
     def _finish_(self, channels: int, num_classes: int) -> None:
         """Add the classifier, and draw every conv's weights, scaled for ReLU by fan-in (He et al. 2015, Rectifiers)."""
@@ -54,8 +53,7 @@ class _Classifier(nn.Module):
 
     def _scores(self, features: Tensor) -> Tensor:
         """N x C x H x W to N x classes."""
-        scores: Tensor = self.linear(F.adaptive_avg_pool2d(features, 1).flatten(1))
-        return scores
+        return self.linear(F.adaptive_avg_pool2d(features, 1).flatten(1))  # type: ignore[no-any-return]
 
 
 class PadShortcut(nn.Module):
@@ -78,14 +76,11 @@ def project_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Mod
 
 
 class SqueezeExcite(nn.Module):
-    """Channels weighted by what the whole feature map holds (Hu et al. 2018, equations 2 to 4).
-
-    The two layers have no biases: the authors found that ResNets do better without.
-    """
+    """Channels weighted by what the whole feature map holds (Hu et al. 2018, equations 2 to 4)."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, channels // reduction, bias=False)
+        self.fc1 = nn.Linear(channels, channels // reduction, bias=False)  # ResNets do better without, they found
         self.fc2 = nn.Linear(channels // reduction, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,13 +131,12 @@ class ResNet(_Classifier):
         self.conv1 = _conv(in_channels, widths[0], 3)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.stages = [f"layer{number}" for number in range(1, len(widths) + 1)]
-        channels = widths[0]
+        channels, stride = widths[0], 1
         for name, width, depth in zip(self.stages, widths, depths, strict=True):
-            stride = 1 if name == self.stages[0] else 2
             first = BasicBlock(channels, width, stride, shortcut, squeeze)
             others = [BasicBlock(width, width, 1, shortcut, squeeze) for _ in range(depth - 1)]
             self.add_module(name, nn.Sequential(first, *others))
-            channels = width
+            channels, stride = width, 2
         self._finish_(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,9 +218,7 @@ class DenseNet(_Classifier):
 
 
 # The networks of 6n + 2 layers for 32x32 images of He et al. 2015, section 4.2, with option A.
-_resnets = {
-    depth: partial(ResNet, (16, 32, 64), ((depth - 2) // 6,) * 3, PadShortcut) for depth in (20, 32, 44, 56, 110)
-}
+_resnets = {6 * n + 2: partial(ResNet, (16, 32, 64), (n, n, n), PadShortcut) for n in (3, 5, 7, 9, 18)}
 # ResNet-18 of He et al. 2015, table 1, for 32x32 images: a 3x3 stem at stride 1 and no max-pool.
 _resnet18 = partial(ResNet, (64, 128, 256, 512), (2, 2, 2, 2), project_shortcut)
 

@@ -1,11 +1,9 @@
 """A model that has been opened: the module with its origin, its preprocessing and example inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -24,14 +22,13 @@ from asymswap.utils.tensors import deep_copy, device_of, map_tensors
 class OpenedModel:
     """A module with its origin, its preprocessing and its conversions so far; see `open_model`. No verb changes it.
 
-    `example_inputs` are the user's own arguments of one forward pass, in place of images. `reference` is the user's
-    name for it, `weights` where its weights are from, `file` the file that it was read from, `sha256` its hash, `plans`
-    and `provenance` from an asymswap checkpoint. `skeleton` is the stored structure of a module that no reference can
-    build, `base` the unconverted model where the user gave it. `private`: no code but ours, torch's and torchvision's
-    made it, so that nobody else holds its tensors; `handed_over`: the caller needs it for one verb only, whose result
-    may share its tensors. `seconds` is how long the opening took. `fed` is for a report, and says how images are
-    prepared once that is settled on some; `fed_warnings` are for its first lines. `device` is the one that the user
-    asked for; where none is, `on_device` decides.
+    `reference` is the user's name for it, `weights` where its weights are from, `file` what it was read from, `sha256`
+    its hash; `plans` and `provenance` are an asymswap checkpoint's, `skeleton` is the stored structure of a module that
+    no reference can build, `base` the unconverted model where the user gave it, `seconds` how long the opening took.
+    `private`: no code but ours, torch's and torchvision's made it, so that nobody else holds its tensors;
+    `handed_over`: it is for one verb only, whose result may share its tensors. `example_inputs` are the user's own
+    arguments of one forward pass, in place of images. `fed` says for a report how images are prepared, once that is
+    settled, `fed_warnings` are its first lines. `device` is the one asked for; where none is, `on_device` decides.
     """
 
     model: nn.Module
@@ -66,11 +63,10 @@ class OpenedModel:
         """Return the header of a checkpoint of this model."""
         return Header(self.origin, self.plans, self.preprocessing, self.provenance, self.skeleton)
 
-    def on_device(self, choose: bool = True) -> OpenedModel:
-        """Return it where images run: on the device asked for, else where it is, or on a GPU rather than on the CPU.
+    def on_device(self, choose: bool = True) -> Self:
+        """Return it where images run, copied if need be: on the device asked for, else a GPU rather than the CPU.
 
-        That is chosen with `choose` alone: a user's metric may make inputs of its own on the CPU. A module that is
-        elsewhere is copied, not moved.
+        Only with `choose` is a GPU chosen: a user's metric may make inputs of its own on the CPU.
         """
         own, wanted = device_of(self.model), self.device
         if wanted is None and choose and own.type == "cpu" and torch.cuda.is_available():
@@ -102,20 +98,17 @@ class OpenedModel:
 
 def input_warnings(*opened: OpenedModel) -> tuple[str, ...]:
     """Return what to know of how models are fed, or that nobody gave the size of their input."""
-    lines: dict[str, None] = {}
+    lines: list[str] = []
     for one in opened:
         if one.fed is not None:
-            lines |= dict.fromkeys(one.fed_warnings)
+            lines += one.fed_warnings
         elif one.example_inputs is None:
-            lines |= dict.fromkeys(f"{one.reference}: {line}" for line in size_warning(one.preprocessing))
-    return tuple(lines)
+            lines += [f"{one.reference}: {line}" for line in size_warning(one.preprocessing)]
+    return tuple(dict.fromkeys(lines))
 
 
 def costs_of(opened: OpenedModel, names: Iterable[str] = ()) -> Costs:
-    """Return the cost of an opened model, and of the named modules in it.
-
-    Raises TraceError where it does not run on an input of its size, or runs without a single multiplication.
-    """
+    """Return the cost of an opened model and of the named modules in it; raise TraceError where it does not run."""
     about = f"an input of {made_inputs.sizes(opened.example())}"
     try:
         costs = count_costs(opened.model, opened.example(), names)

@@ -20,8 +20,8 @@ from asymswap.models import builders, timm_models, torchvision_models, transform
 from asymswap.models.builders import TWINS, YOUR_OWN, identify, nearest, views
 from asymswap.models.converted import restore
 from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
-from asymswap.models.family import Family, Fit
-from asymswap.models.names import near
+from asymswap.models.family import Family, Fit, package
+from asymswap.models.fingerprints import near
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.results.records import read_provenance
@@ -52,7 +52,7 @@ Model = str | Path | nn.Module | OpenedModel | Made | Unopened
 """What every verb takes: a reference, a file, a module that exists already, an opened model, or a verb's result."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Request:
     """What the user said about the model beside its reference; see `open_model`."""
 
@@ -100,28 +100,25 @@ def open_model(
     start, place = time.perf_counter(), None if device is None else find_device(device)
     if isinstance(arch, nn.Module) and arguments:
         raise SourceError(f"`arch=…` is a module already, so the argument {next(iter(arguments))!r} changes nothing")
-    said: dict[str, Any] = {"arch": arch, "weights": weights, "key": key, "trust_pickle": trust_pickle}
-    request = _Request(arguments=arguments or {}, progress=progress, **said)
+    request = _Request(arch, weights, arguments or {}, trust_pickle, key, progress)
     if isinstance(model, OpenedModel):
         if request != _Request():
             raise SourceError(f"{model.reference} is open already; give these options where it is opened first")
         opened = model
     elif isinstance(model, nn.Module):
         network = _unwrapped(ultralytics_models.network_of(model))
-        kept = ultralytics_models.header_in(network)
-        told = (
-            describe_module(network, "as given")
-            if kept is None
-            else _describe_converted(network, kept, None, "as given")
-        )
-        opened = replace(told, reference=type(network).__name__)
+        header = ultralytics_models.header_in(network)
+        if header is None:
+            opened = describe_module(network, "as given")
+        else:
+            opened = _describe_converted(network, header, None, "as given")
+        opened = replace(opened, reference=type(network).__name__)
     elif isinstance(model, Made):
         # It stays the caller's.
-        header = model.header
-        base = model.base if arch is None else _build_named(header.origin, request)
-        opened = _describe_converted(model.model, header, base, "as given")
-        named = read_provenance(header.provenance, "the conversion").report.model.reference
-        opened = replace(opened, reference=named or header.origin.reference)
+        base = model.base if arch is None else _build_named(model.header.origin, request)
+        opened = _describe_converted(model.model, model.header, base, "as given")
+        named = read_provenance(model.header.provenance, "the conversion").report.model.reference
+        opened = replace(opened, reference=named or model.header.origin.reference)
     elif not isinstance(model, str | Path):
         raise SourceError(f"a {type(model).__name__} is no model; give a reference, a file or an nn.Module")
     else:
@@ -143,9 +140,8 @@ def open_model(
         prepared = with_size(prepared, input_size)
     if preprocessing is not None:
         prepared = preprocessing.apply(prepared)
-    seconds = opened.seconds + time.perf_counter() - start
-    place = place or opened.device
-    return replace(opened, preprocessing=prepared, example_inputs=example, seconds=seconds, device=place)
+    opened = replace(opened, preprocessing=prepared, example_inputs=example, device=place or opened.device)
+    return replace(opened, seconds=opened.seconds + time.perf_counter() - start)
 
 
 def open_for_verb(
@@ -168,19 +164,15 @@ def open_for_verb(
 def open_models(
     models: Sequence[Model], *, arch: str | None = None, weights: str | None = None, key: str | None = None, **more: Any
 ) -> list[OpenedModel]:
-    """Open several models by one set of options: `arch` and `key` are the files', `weights` the references'.
-
-    `more` are further options of `open_model`. Raises AsymswapError for an option that suits none of the models.
-    """
+    """Open several models by one set of options: `arch` and `key` are the files', `weights` the references'."""
     named = [model for model in models if isinstance(model, str | Path)]
     files = [model for model in named if is_file_reference(str(model))]
     if arch is not None and not files:
         raise AsymswapError(f'`arch="{arch}"` goes with a file, and none of the models is one')
     if weights is not None and len(files) == len(named):
         raise AsymswapError(f'`weights="{weights}"` goes with a reference, and all models are files with their own')
-    for_files: dict[str, Any] = {"arch": arch, "key": key}
-    for_others: dict[str, Any] = {"weights": weights}
-    return [open_model(one, **(for_files if one in files else for_others), **more) for one in models]
+    for_files, for_others = more | {"arch": arch, "key": key}, more | {"weights": weights}
+    return [open_model(one, **(for_files if one in files else for_others)) for one in models]
 
 
 def is_file_reference(reference: str) -> bool:
@@ -208,7 +200,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _open_reference(reference: str, request: _Request) -> OpenedModel:
-    """Return the model that a reference other than a file names, with weights; raise SourceError."""
+    """Return the model that a reference other than a file names, with weights."""
     if request.arch is not None:
         raise SourceError(f"`arch=…` goes with a file, and {reference!r} names a network itself")
     if request.key is not None and not is_file_name(str(request.weights)):
@@ -229,10 +221,7 @@ def _open_reference(reference: str, request: _Request) -> OpenedModel:
 
 
 def _find_network(named: str | nn.Module, unknown: str = "") -> tuple[Family, str]:
-    """Return the family of a reference and its full form, or of a module that is given as `arch`.
-
-    Raises SourceError, which begins with `unknown`, for what names neither a known network nor code.
-    """
+    """Return family and full form of a reference or a given module; raise SourceError, with `unknown`, for others."""
     if isinstance(named, nn.Module):
         return UserCode(named), type(named).__name__
     full = builders.canonical(named)
@@ -240,20 +229,15 @@ def _find_network(named: str | nn.Module, unknown: str = "") -> tuple[Family, st
         return builders.family_of(full), full
     if names_code(named):
         return UserCode(), named
-    hint = near(named)
-    architecture = named.partition(".")[0]
+    hint, architecture = near(named), named.partition(".")[0]
     # To a mistyped name timm, which takes seconds to load, has nothing to say unless it is there.
-    if architecture and importlib.util.find_spec("timm") and timm_models.timm().is_model(architecture):
+    if architecture and importlib.util.find_spec("timm") and package("timm").is_model(architecture):
         hint = f"; timm has one: {timm_models.PREFIX}{named}"
     raise SourceError((unknown or f'`arch="{named}"` names no known architecture') + hint)
 
 
-def _open_file(path: Path, request: _Request) -> OpenedModel:
-    named = transformers_models.named_in(path) if path.is_dir() and request.arch is None else None
-    if named is not None:
-        reference, arguments = named
-        request = replace(request, arch=reference, arguments={**arguments, **request.arguments})
-    path = resolve(path)
+def _open_file(given: Path, request: _Request) -> OpenedModel:
+    path = resolve(given)
     with fail_if_modified(*files_of(path)):
         raw = read_raw(path, request.trust_pickle)
         notes: tuple[str, ...] = ()
@@ -263,10 +247,11 @@ def _open_file(path: Path, request: _Request) -> OpenedModel:
             notes = (f"`trust_pickle=True` was not needed: nothing in {path.name} was executed",)
         try:
             stored = stored_in(raw, str(path)) if request.weights is None else None
-            named = ultralytics_models.named_in(raw.value) if request.arch is None and stored is None else None
-            if named is not None:
-                reference, arguments = named
-                request = replace(request, arch=reference, arguments={**arguments, **request.arguments})
+            if stored is None and request.arch is None:
+                named = transformers_models.named_in(given) or ultralytics_models.named_in(raw.value)
+                if named is not None:
+                    reference, arguments = named
+                    request = replace(request, arch=reference, arguments={**arguments, **request.arguments})
             if stored is None:
                 opened = _open_loaded(path, raw, request)
             elif request.key is not None:
@@ -346,7 +331,7 @@ def _open_state(path: Path, found: Found, digest: str, request: _Request) -> Ope
     assert not isinstance(found.value, nn.Module)
     state, arguments = found.value, request.arguments
     notes: tuple[str, ...] = ()
-    published = torchvision_models.published(digest)
+    published, named = torchvision_models.published(digest)
     if request.arch is not None:
         family, reference = _find_network(request.arch)
     elif published is not None:
@@ -359,8 +344,6 @@ def _open_state(path: Path, found: Found, digest: str, request: _Request) -> Ope
             f"computes differently can have the same{TWINS.get(reference, '')}"
         )
         notes = (*view.notes(), note)
-        # What the builder takes is left to the user, where they have said it.
-        arguments = {**match.arguments, **arguments}
     if published is not None and published.reference == reference:
         arguments = {**published.arguments, **arguments}
     else:
@@ -394,5 +377,5 @@ def _open_state(path: Path, found: Found, digest: str, request: _Request) -> Ope
         notes += (f"extra state that the file lacks stays as it was built: {', '.join(lacking)}",)
     opened = family.describe(model, reference, fit.arguments, str(path))
     if published is not None:
-        opened = torchvision_models.as_published(opened, published)
+        opened = torchvision_models.as_published(opened, published, named)
     return replace(opened, notes=notes + opened.notes, private=private)

@@ -20,6 +20,7 @@ class Normalization:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 
+# The usual normalisations of three channels and of one, the most usual first.
 COLOUR = {
     "imagenet": Normalization(IMAGENET_MEAN, IMAGENET_STD),
     "none": Normalization((0.0,) * 3, (1.0,) * 3),
@@ -31,8 +32,6 @@ COLOUR = {
     "caffe": Normalization((103.939 / 255, 116.779 / 255, 123.68 / 255), (1 / 255,) * 3, bgr=True),
     "imagenet-std": Normalization((0.0,) * 3, IMAGENET_STD),
 }
-"""The usual normalisations of three channels, the most usual first."""
-
 GREY = {
     "none": Normalization((0.0,), (1.0,)),
     "half": Normalization((0.5,), (0.5,)),
@@ -41,9 +40,6 @@ GREY = {
     "bytes": Normalization((0.0,), (1 / 255,)),
     "imagenet": Normalization((0.449,), (0.226,)),
 }
-"""The usual normalisations of one channel, the most usual first."""
-
-NAMES = tuple(dict.fromkeys([*COLOUR, *GREY]))
 
 
 def usual(channels: int) -> dict[str, Normalization]:
@@ -102,7 +98,7 @@ class PreprocessingOptions:
 
     def __post_init__(self) -> None:
         if self.normalize is not None:
-            check_choice("`normalize=…`", self.normalize, NAMES)
+            check_choice("`normalize=…`", self.normalize, COLOUR | GREY)
             for name in ("mean", "std", "bgr"):
                 if getattr(self, name) is not None:
                     raise AsymswapError(f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`')

@@ -25,8 +25,9 @@ from torch import nn
 from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.fileformats.state_dict import Difference, State, compare
 from asymswap.models import family
-from asymswap.models.family import Arguments, Family, Fit
+from asymswap.models.family import Arguments, Family, Fit, package
 from asymswap.models.opened import OpenedModel
+from asymswap.models.preprocessing import with_channels
 from asymswap.types import Origin, Preprocessing
 
 PREFIX = "timm:"
@@ -38,7 +39,6 @@ _DOWNLOADERS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 class Timm(Family):
     """`timm:NAME`, where the name may hold the tag of published weights: `timm:resnet50.a1_in1k`, or with an @."""
 
-    # timm's own code builds them.
     private = False
     channels = "in_chans"
 
@@ -47,7 +47,6 @@ class Timm(Family):
         return reference if reference.startswith(PREFIX) else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        """Build the model with random weights, downloading nothing; raise SourceError where timm cannot build it."""
         return _create(_name(reference), arguments, pretrained=False)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
@@ -58,7 +57,7 @@ class Timm(Family):
             raise SourceError(f'{reference} names weights and `weights="{named}"` others; give one of them')
         full = ".".join(filter(None, (architecture, named or tag)))
         _check_name(full)
-        config = timm().models.get_pretrained_cfg(full)
+        config = package("timm").models.get_pretrained_cfg(full)
         if config is None or not config.has_weights:
             return super().weights(f"timm's {full}", name, arguments)
         full = f"{architecture}.{config.tag}" if config.tag else full
@@ -68,7 +67,7 @@ class Timm(Family):
             except SourceError:
                 raise
             except Exception as error:
-                chain = [error, *(cause for cause in (error.__cause__, error.__context__) if cause is not None)]
+                chain = (error, error.__cause__, error.__context__)
                 expected = (OSError, HTTPException)
                 if any(isinstance(e, expected) or type(e).__module__.startswith(_DOWNLOADERS) for e in chain):
                     # The hub's client wraps what has happened in a paragraph of its own.
@@ -92,26 +91,17 @@ class Timm(Family):
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
         """Return how timm's own evaluation prepares an image for a model that it has built with these arguments."""
-        timm()
-        from timm.data import resolve_data_config
-
-        data = resolve_data_config({}, pretrained_cfg=getattr(model, "pretrained_cfg", None) or {})
+        config = getattr(model, "pretrained_cfg", None) or {}
+        data = package("timm.data").resolve_data_config({}, pretrained_cfg=config)
         channels, *size = data["input_size"]
-        channels, fixed = arguments.get("in_chans", channels), arguments.get("img_size")
+        fixed = arguments.get("img_size")
         height, width = size if fixed is None else (fixed, fixed) if isinstance(fixed, int) else fixed
         mean, std = (tuple(map(float, data[key])) for key in ("mean", "std"))
-        own = len(mean) == len(std) == channels
-        return Preprocessing(
-            channels=channels,
-            size=(height, width),
-            mean=mean if own else (0.5,) * channels,
-            std=std if own else (0.5,) * channels,
-            # An image that is not cropped is resized to its final size at once.
-            resize=math.floor(max(height, width) / data["crop_pct"]) if data["crop_mode"] == "center" else None,
-            interpolation=data["interpolation"],
-            normalization_from="family" if own else "assumed",
-            size_from="family",
-        )
+        # An image that is not cropped is resized to its final size at once.
+        resize = math.floor(max(height, width) / data["crop_pct"]) if data["crop_mode"] == "center" else None
+        known = Preprocessing(len(mean), (height, width), mean, std, resize, data["interpolation"])
+        known = replace(known, normalization_from="family", size_from="family")
+        return with_channels(known, arguments.get("in_chans", channels))
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         """Fit as any family does; some of timm's files are in the form in which the model's authors published them."""
@@ -133,22 +123,21 @@ class Timm(Family):
             guess["num_classes"] = 0
         return guess
 
-
-def origin_of(model: nn.Module) -> Origin | None:
-    """Return from what timm builds this very structure again, for a module that timm has built; else None."""
-    name = made_by_timm(model)
-    if name is None:
-        return None
-    own = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
-    arguments = {key: value for key, value in own.items() if isinstance(value, int)} | getattr(model, "_model_args", {})
-    try:
-        arguments = _settled(name, json.loads(json.dumps(arguments, allow_nan=False)))
-        again = Timm().on_meta(PREFIX + name, arguments)
-    except (TypeError, ValueError, SourceError):
-        # JSON cannot hold the arguments, or timm does not take them again.
-        return None
-    same = _outline(model) == _outline(again) and not compare(model, again.state_dict())
-    return Origin(PREFIX + name, arguments) if same else None
+    def origin_of(self, model: nn.Module) -> Origin | None:
+        """Return from what timm builds this very structure again, for a module that timm has built; else None."""
+        name = made_by_timm(model)
+        if name is None:
+            return None
+        own = {key: getattr(model, key, None) for key in ("num_classes", "in_chans")}
+        given = {key: value for key, value in own.items() if isinstance(value, int)} | getattr(model, "_model_args", {})
+        try:
+            arguments = _settled(name, json.loads(json.dumps(given, allow_nan=False)))
+            again = self.on_meta(PREFIX + name, arguments)
+        except (TypeError, ValueError, SourceError):
+            # JSON cannot hold the arguments, or timm does not take them again.
+            return None
+        same = _outline(model) == _outline(again) and not compare(model, again.state_dict())
+        return Origin(PREFIX + name, arguments) if same else None
 
 
 def _outline(model: nn.Module) -> dict[str, Any]:
@@ -163,7 +152,7 @@ def _outline(model: nn.Module) -> dict[str, Any]:
 
 def _settled(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Add the arguments that timm takes from the tag's description, which another version of timm may change."""
-    config = timm().models.get_pretrained_cfg(name)
+    config = package("timm").models.get_pretrained_cfg(name)
     if config is None:
         return dict(arguments)
     own = {"num_classes": config.num_classes} if config.num_classes >= 0 else {}
@@ -185,25 +174,14 @@ def made_by_timm(model: nn.Module) -> str | None:
     if "timm" not in sys.modules or not type(model).__module__.startswith("timm.") or not isinstance(config, Mapping):
         return None
     name = config.get("architecture")
-    return name if isinstance(name, str) and timm().is_model(name) else None
-
-
-def timm() -> Any:
-    """Import timm; raise SourceError where it is not installed."""
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        what = f"timm cannot be imported: {error}; install it again"
-        if error.name == "timm":
-            what = f"models of {PREFIX} need timm, which is not installed; install it"
-        raise SourceError(f"{what}: pip install 'asymswap[timm]'") from None
-    return timm
+    return name if isinstance(name, str) and package("timm").is_model(name) else None
 
 
 def _check_name(name: str) -> None:
     """Raise SourceError, with near names, for an architecture or a tag that the installed timm lacks."""
     architecture, _, tag = name.partition(".")
-    installed, registry = timm(), timm().models
+    installed = package("timm")
+    registry = installed.models
     if not installed.is_model(architecture):
         hint = near_names(architecture, installed.list_models()) or "; timm.list_models() lists them"
         raise SourceError(f"timm {installed.__version__} has no model {architecture!r}{hint}")
@@ -223,14 +201,13 @@ def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: An
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
         with warnings.catch_warnings(action="ignore"):
-            model: nn.Module = timm().create_model(name, pretrained=pretrained, **given, **own)
+            return package("timm").create_model(name, pretrained=pretrained, **given, **own)  # type: ignore[no-any-return]
     except Exception as error:
         if pretrained:
             raise
         with_what = f" with {dict(arguments)}" if arguments else ""
         hint = family.near_keyword(error, arguments)
         raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}{hint}") from None
-    return model
 
 
 def _in_hubs_cache(config: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -70,38 +70,28 @@ def assumed_preprocessing(model: nn.Module) -> Preprocessing:
     return replace(assumed, normalization_from="family" if known else "assumed")
 
 
-@dataclass(frozen=True)
-class Published:
-    """Weights that torchvision publishes: of which model, by which name, and what they ask of the model."""
-
-    reference: str
-    weights: str
-    arguments: Mapping[str, Any]
-
-
 class Torchvision(Family):
     """`torchvision:NAME`, or NAME alone."""
 
     prefix = PREFIX
 
     def names(self) -> list[str]:
-        """Return the full references of all models that torchvision registers."""
         return [f"{PREFIX}{name}" for name in models.list_models()]
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         """Build the model with random weights, downloading nothing; `in_channels` replaces its first conv."""
         name = reference.removeprefix(PREFIX)
         family.check_arguments(f"torchvision's {name}", arguments)
-        takes = inspect.signature(models.get_model_builder(name)).parameters
+        builder = models.get_model_builder(name)
         # Given weights are ours to load.
-        none = {key: None for key in ("weights", "weights_backbone") if key in takes}
-        model = _make(name, {key: value for key, value in arguments.items() if key != "in_channels"}, none)
-        channels = arguments.get("in_channels")
+        none = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
+        model = _make(name, {key: value for key, value in arguments.items() if key != "in_channels"} | none)
         if "in_channels" not in arguments:
             return model
+        channels = arguments["in_channels"]
         first, conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
         # What a network is for, as torchvision's packages say: classification, segmentation, detection, video …
-        package: list[str] = models.get_model_builder(name).__module__.split(".")
+        package: list[str] = builder.__module__.split(".")
         if conv is None or (len(package) > 3 and package[2] != "segmentation"):
             raise SourceError(f"{reference} does not take 'in_channels'; its input has the channels of an image")
         if type(channels) is not int or channels < 1 or channels % conv.groups:
@@ -122,7 +112,7 @@ class Torchvision(Family):
         # weights ask for.
         weights.get_state_dict = lambda **_: state
         try:
-            model = _make(model_name, arguments, {"weights": weights, "progress": False})
+            model = _make(model_name, {**arguments, "weights": weights, "progress": False})
         except Exception as error:
             # Weights that do not fit can raise about anything; so can a builder at an argument of another network.
             if arguments and isinstance(error, TypeError | ValueError):
@@ -185,41 +175,36 @@ class Torchvision(Family):
         return with_channels(known, input_channels(model))
 
 
-def as_published(opened: OpenedModel, published: Published) -> OpenedModel:
+def as_published(opened: OpenedModel, origin: Origin, weights: str) -> OpenedModel:
     """Describe a filled model whose weights have been found to be published ones."""
-    settings = ", ".join(f"{key}={value}" for key, value in published.arguments.items())
+    settings = ", ".join(f"{key}={value}" for key, value in origin.arguments.items())
     sets = f", which sets {settings}" if settings else ""
-    name = published.reference.removeprefix(PREFIX)
-    note = f"known by its SHA-256 as torchvision's {published.weights} of {name}{sets}"
-    known = Torchvision().preprocessing(published.reference, opened.model, {}, published.weights)
+    note = f"known by its SHA-256 as torchvision's {weights} of {origin.reference.removeprefix(PREFIX)}{sets}"
+    known = Torchvision().preprocessing(origin.reference, opened.model, {}, weights)
     return replace(opened, preprocessing=known, notes=(note,))
 
 
-def published(digest: str) -> Published | None:
-    """Return which published weights a file is, by its SHA-256: torchvision's file names have the first digits."""
+def published(digest: str) -> tuple[Origin | None, str]:
+    """Return the model and the name of the published weights that a file is, by its SHA-256; (None, "") for others."""
     for name in models.list_models():
         for weights in models.get_model_weights(name):
-            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])
+            digits = torch.hub.HASH_REGEX.search(weights.url.rpartition("/")[2])  # the first of the SHA-256
             if digits and digits[1][:8] == digest[:8] and not name.startswith("quantized_"):
                 # The heads that torchvision drops from its pretrained models are in their files.
                 arguments = {k: v for k, v in _set_by_weights(name, weights).items() if k != "aux_logits"}
-                return Published(f"{PREFIX}{name}", weights.name, arguments)
-    return None
+                return Origin(f"{PREFIX}{name}", arguments), weights.name
+    return None, ""
 
 
-def _make(name: str, arguments: Mapping[str, Any], weights: Mapping[str, Any]) -> nn.Module:
-    # The slow and warned-of initialisation of two networks would be thrown away.
-    slow = name.removeprefix("quantized_") in ("googlenet", "inception_v3")
-    defaults = {"init_weights": False} if slow else {}
-    model: nn.Module = models.get_model(name, **weights, **{**defaults, **arguments})
-    return model
+def _make(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
+        # Their slow and warned-of initialisation would be thrown away.
+        arguments = {"init_weights": False, **arguments}
+    return models.get_model(name, **arguments)  # type: ignore[no-any-return]
 
 
 def _read_published(name: str, weights: Any) -> tuple[Path, Any]:
-    """Return the file of these weights in torch.hub's cache, downloaded where it is missing, and its state dict.
-
-    It is read as any file: torchvision would unpickle it without restriction.
-    """
+    """Return the file of these weights in torch.hub's cache, downloaded where it is missing, and its state dict."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     found = torch.hub.HASH_REGEX.search(cached.name)
     digits = found[1] if found else ""
@@ -233,7 +218,7 @@ def _read_published(name: str, weights: Any) -> tuple[Path, Any]:
         where = f"are not in {cached.parent} and cannot be downloaded ({why}); {family.OTHER_WEIGHTS}"
         raise SourceError(f"the weights {weights.name} of {name} {where}") from None
     try:
-        kind = sniff(cached)
+        kind = sniff(cached)  # read as any file: torchvision would unpickle it without restriction
         if not sha256(cached).startswith(digits):
             raise SourceError("its SHA-256 is not the one in its name")
         return cached, load_object(cached, kind, False, "it", 'take weights of your own with `weights="FILE"`')

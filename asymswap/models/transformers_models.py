@@ -7,40 +7,39 @@ nothing is downloaded. The config is kept as the network's arguments, so that a 
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torchvision.transforms import InterpolationMode
 
 from asymswap.errors import SourceError, near_names
-from asymswap.models.family import Arguments, Family, input_channels
+from asymswap.models.family import Arguments, Family, input_channels, package
 from asymswap.models.opened import OpenedModel
+from asymswap.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from asymswap.types import Preprocessing
 from asymswap.utils.files import write_file
 
 PREFIX = "transformers:"
 # By these a config could name other code (kernels of a hub as well), or another package to build the weights with.
 _LEFT_OUT = re.compile(
-    r"auto_map|custom_pipelines|quantization_config|_name_or_path|\w*implementation\w*|\w*kernel_config"
+    r"auto_map|custom_pipelines|quantization_config|_name_or_path|\w*(implementation\w*|kernel_config)"
 )
 # By these a network that is elsewhere, which transformers would fetch.
 _ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone")
 _PILLOW = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # its numbers of interpolations
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Transformers(Family):
     """Models of transformers; of the arguments `config` is the model's, `preprocessor` that of its images."""
 
     private = False
-    prefix = PREFIX
 
     def canonical(self, reference: str) -> str | None:
         return reference if re.fullmatch(rf"{PREFIX}\w+", reference) else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        transformers, name = _transformers(), reference.removeprefix(PREFIX)
+        transformers, name = package("transformers"), reference.removeprefix(PREFIX)
         config = arguments.get("config")
         if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
             raise SourceError(f"{reference} needs its config: give the folder that save_pretrained has written")
@@ -49,15 +48,15 @@ class Transformers(Family):
             hint = near_names(name, [one for one in dir(transformers) if "For" in one])
             raise SourceError(f"transformers {transformers.__version__} has no model {name!r}{hint}")
         plain = _checked(config, reference)
-        settled = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
-        model: nn.Module = made(settled)
-        return model
+        return made(transformers.AutoConfig.for_model(plain.pop("model_type"), **plain))  # type: ignore[no-any-return]
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
         """Return what `preprocessor_config.json` says; what it leaves open is assumed to be as for ImageNet."""
         said, config = arguments.get("preprocessor") or {}, arguments.get("config") or {}
         channels = int(config.get("num_channels") or input_channels(model))
-        mean, std = (said.get(f"image_{key}") or value for key, value in zip(("mean", "std"), _IMAGENET, strict=True))
+        mean, std = said.get("image_mean") or IMAGENET_MEAN, said.get("image_std") or IMAGENET_STD
+        if not said.get("do_normalize", True):
+            mean, std = (0.0,) * channels, (1.0,) * channels
         size, crop = said.get("size") or config.get("image_size") or 224, said.get("crop_size")
         edge = size.get("shortest_edge") if isinstance(size, Mapping) else None
         if edge is not None and crop is None and said.get("crop_pct"):
@@ -66,16 +65,10 @@ class Transformers(Family):
             size = crop or edge
         sides = (size["height"], size["width"]) if isinstance(size, Mapping) else size
         height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
-        return Preprocessing(
-            channels=channels,
-            size=(int(height), int(width)),
-            mean=tuple(map(float, mean))[:channels] if said.get("do_normalize", True) else (0.0,) * channels,
-            std=tuple(map(float, std))[:channels] if said.get("do_normalize", True) else (1.0,) * channels,
-            resize=edge,
-            interpolation=InterpolationMode(_PILLOW.get(said.get("resample", 2), "bilinear")).value,
-            normalization_from="file" if said else "assumed",
-            size_from="file" if said else "assumed",
-        )
+        mean, std = (tuple(map(float, values))[:channels] for values in (mean, std))
+        interpolation = _PILLOW.get(said.get("resample", 2), "bilinear")
+        made = Preprocessing(channels, (int(height), int(width)), mean, std, edge, interpolation)
+        return made if said else replace(made, normalization_from="assumed", size_from="assumed")
 
 
 def _checked(value: Any, reference: str) -> Any:
@@ -128,11 +121,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise SourceError(f"models of {PREFIX} need transformers; pip install 'asymswap[transformers]'") from None
-    return transformers

@@ -1,16 +1,13 @@
 """YOLO models of ultralytics: `ultralytics:yolov8n.yaml`, their own `.pt` files, and the network in a `YOLO` object.
 
-Such a file is a pickle of the network. Its yaml, its class names and its numbers are read as data; none of its classes
-is imported from it, and the network is built anew from the yaml, whose rows may name layers alone. The yaml is kept as
-an argument, so that a checkpoint needs no other file.
-
-The way back is a file that ultralytics reads, where the blocks with swaps in them are of classes of this module: its
-own folding of batch norms, which reads `conv.weight`, leaves them alone.
+Such a file is a pickle of the network, read as data: no class is imported from it. The network is built anew from its
+yaml, whose rows may name layers alone, and which is kept as an argument, so that a checkpoint needs no other file. The
+way back is a file that ultralytics reads, where blocks with swaps are of classes of this module: its folding of batch
+norms, which reads `conv.weight`, leaves them alone.
 """
 
 import copy
-import functools
-import importlib
+import itertools
 import json
 import re
 import sys
@@ -29,7 +26,7 @@ from asymswap.fileformats.model_file import modules_in
 from asymswap.fileformats.state_dict import State, compare
 from asymswap.fileformats.torch_files import RawFile
 from asymswap.graph.trace import find_convs
-from asymswap.models.family import Arguments, Family, Fit
+from asymswap.models.family import Arguments, Family, Fit, package
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Origin, Preprocessing
 from asymswap.utils.files import whole_file
@@ -37,9 +34,11 @@ from asymswap.utils.tensors import deep_copy
 
 PREFIX = "ultralytics:"
 _MOST_LAYERS, _MOST_WIDTH = 1_000, 100_000  # of a yaml, which a file may claim; the largest known have 60 and 2,048
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _ACTIVATION = re.compile(r"(?:torch\.)?nn\.(\w+)\(((?:\w+=)?[\w.-]*)\)")
 _TRIED = "8."
 _TASKS = ("detect", "segment", "pose", "obb", "classify")
+_TAKES = ("num_classes", "channels", "task", "names", "size", "built_for", "fused", "yaml")
 
 
 class Ultralytics(Family):
@@ -51,7 +50,6 @@ class Ultralytics(Family):
 
     private = False
     channels = "channels"
-    prefix = PREFIX
 
     def canonical(self, reference: str) -> str | None:
         named = re.fullmatch(rf"{PREFIX}([\w./\\ -]*\w)", reference)
@@ -59,29 +57,25 @@ class Ultralytics(Family):
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
         tasks = package("ultralytics.nn.tasks")
-        given = dict(arguments)
-        config = given.pop("yaml", None)
+        for unknown in [name for name in arguments if name not in _TAKES]:
+            raise SourceError(f"{reference} does not take {unknown!r}; it takes {', '.join(_TAKES)}")
+        config, names = arguments.get("yaml"), arguments.get("names")
         config = _checked(_yaml(reference) if config is None else config, reference)
-        task, names = given.pop("task", None) or tasks.guess_model_task(config), given.pop("names", None)
-        fused, channels = given.pop("fused", False), given.pop("channels", config.get("channels", 3))
-        classes, built_for = given.pop("num_classes", None), given.pop("built_for", None)
-        given.pop("size", None)
-        for unknown in given:
-            takes = "num_classes, channels, task, names, size, built_for, fused, yaml"
-            raise SourceError(f"{reference} does not take {unknown!r}; it takes {takes}")
+        task = arguments.get("task") or tasks.guess_model_task(config)
         if task not in _TASKS:
             raise SourceError(f"{reference} is for the task {task!r}; asymswap builds those for {listed(_TASKS, 9)}")
-        made = _yolo().task_map.fget(None)[task]["model"]  # it does not look at the object
-        model: nn.Module = made(config, ch=channels, nc=built_for or classes, verbose=False)
-        own: Any = model
-        own.task = task
+        made = package("ultralytics").YOLO.task_map.fget(None)[task]["model"]  # it does not look at the object
+        classes, built_for = arguments.get("num_classes"), arguments.get("built_for")
+        channels = arguments.get("channels", config.get("channels", 3))
+        model: Any = made(config, ch=channels, nc=built_for or classes, verbose=False)
+        model.task = task
         if built_for and classes:
-            _answer_(own, classes)
-        if isinstance(names, Mapping) and len(names) == len(own.names):
-            own.names = {int(number): str(name) for number, name in names.items()}
-        if fused:
-            own.fuse(verbose=False)
-        return model
+            _answer_(model, classes)
+        if isinstance(names, Mapping) and len(names) == len(model.names):
+            model.names = {int(number): str(name) for number, name in names.items()}
+        if arguments.get("fused"):
+            model.fuse(verbose=False)
+        return model  # type: ignore[no-any-return]
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """Return the network with random weights, for a yaml has no others."""
@@ -103,18 +97,10 @@ class Ultralytics(Family):
         """Return what ultralytics does: values of 0 to 1, at 640 x 640 (224 for classes) where the file has no size."""
         own: Any = model
         size, channels = arguments.get("size"), int(own.yaml.get("channels", 3))
-        usual = 224 if getattr(own, "task", "") == "classify" else 640
         known = isinstance(size, int) and 0 < size < 10_000
-        side = size if isinstance(size, int) and known else usual
-        return Preprocessing(
-            channels=channels,
-            size=(side, side),
-            mean=(0.0,) * channels,
-            std=(1.0,) * channels,
-            resize=side,
-            normalization_from="family",
-            size_from="file" if known else "family",
-        )
+        side: Any = size if known else 224 if getattr(own, "task", "") == "classify" else 640
+        plain = Preprocessing(channels, (side, side), (0.0,) * channels, (1.0,) * channels, resize=side)
+        return replace(plain, normalization_from="family", size_from="file" if known else "family")
 
     def fit(self, reference: str, arguments: Arguments, state: State) -> Fit:
         """Find out whether batch norms were folded; the numbers become float32, as ultralytics stores halves."""
@@ -128,6 +114,21 @@ class Ultralytics(Family):
             given = {**arguments, "num_classes": last[0][0], "built_for": last[0][1]}
             fit = Fit(given, floats, compare(self.on_meta(reference, given), floats))
         return fit
+
+    def origin_of(self, model: nn.Module) -> Origin | None:
+        """Return from what ultralytics builds this very structure again, for a module that it has built; else None."""
+        if "ultralytics.nn.tasks" not in sys.modules or not isinstance(getattr(model, "yaml", None), Mapping):
+            return None
+        try:
+            arguments = _settled(model)
+            reference = PREFIX + _name(arguments["yaml"])
+            fit = self.fit(reference, arguments, model.state_dict())
+            again = self.on_meta(reference, fit.arguments)
+        except (TypeError, ValueError, SourceError):
+            return None
+        # Whether activations write into their input changes no number, and is not the yaml's to say.
+        first, second = (re.sub(r"(, )?inplace=\w+", "", str(network)) for network in (again, model))
+        return Origin(reference, fit.arguments) if first == second and not fit.difference else None
 
 
 class KeptConv(nn.Module):
@@ -178,22 +179,6 @@ def network_of(model: nn.Module) -> nn.Module:
     return inside
 
 
-def origin_of(model: nn.Module) -> Origin | None:
-    """Return from what ultralytics builds this very structure again, for a module that it has built; else None."""
-    if "ultralytics.nn.tasks" not in sys.modules or not isinstance(getattr(model, "yaml", None), Mapping):
-        return None
-    try:
-        arguments = _settled(model)
-        reference = PREFIX + _name(arguments["yaml"])
-        fit = Ultralytics().fit(reference, arguments, model.state_dict())
-        again = Ultralytics().on_meta(reference, fit.arguments)
-    except (TypeError, ValueError, SourceError):
-        return None
-    # Whether activations write into their input changes no number, and is not the yaml's to say.
-    first, second = (re.sub(r"(, )?inplace=\w+", "", str(network)) for network in (again, model))
-    return Origin(reference, fit.arguments) if first == second and not fit.difference else None
-
-
 def header_in(model: nn.Module) -> Header | None:
     """Return the header that `save` has left on a network with swaps, which training by ultralytics keeps."""
     text = vars(model).get(MODULE_HEADER)
@@ -202,10 +187,7 @@ def header_in(model: nn.Module) -> Header | None:
 
 
 def save(opened: OpenedModel, path: Path) -> None:
-    """Write a network of ultralytics, swaps and all, as a `.pt` file that `YOLO(path)` reads.
-
-    Raises SourceError for a network of another family, OutputError where the file cannot be written.
-    """
+    """Write a network of ultralytics, swaps and all, as a `.pt` file that `YOLO(path)` reads; raise SourceError."""
     if not opened.origin.reference.startswith(PREFIX):
         raise SourceError(f"{opened.reference} is no network of ultralytics, but {opened.origin.reference}")
     network = _kept_(deep_copy(opened.model), opened.header())
@@ -218,7 +200,7 @@ def save(opened: OpenedModel, path: Path) -> None:
 def load_yolo(path: Path) -> Any:
     """Return a `YOLO` object of a file that `save` has written, which trains on with the swaps in it."""
 
-    class SwappedYOLO(_yolo()):  # type: ignore[misc]
+    class SwappedYOLO(package("ultralytics").YOLO):  # type: ignore[misc]
         def train(self, trainer: Any = None, **options: Any) -> Any:
             trainer = trainer or self._smart_load("trainer")
             return super().train(type(trainer.__name__, (_Keeping, trainer), {}), **options)
@@ -244,8 +226,7 @@ class _Keeping:
             origin = replace(origin, arguments={**origin.arguments, **_settled(network)})
         for parameter in network.parameters():
             parameter.requires_grad_(True)
-        model: nn.Module = _kept_(network.train(), replace(header, origin=origin))
-        return model
+        return _kept_(network.train(), replace(header, origin=origin))  # type: ignore[no-any-return]
 
 
 def _kept_(network: Any, header: Header) -> Any:
@@ -266,18 +247,6 @@ def _kept_(network: Any, header: Header) -> Any:
     return network
 
 
-def package(name: str = "ultralytics") -> Any:
-    """Import a part of ultralytics; raise SourceError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise SourceError(f"{error.name} is missing for {PREFIX}; pip install 'asymswap[ultralytics]'") from None
-
-
-def _yolo() -> Any:
-    return package("ultralytics.models.yolo.model").YOLO
-
-
 def _name(config: Mapping[str, Any]) -> str:
     """Return the file name of a yaml, where it is one that a reference can hold."""
     name = Path(str(config.get("yaml_file") or "")).name
@@ -287,10 +256,9 @@ def _name(config: Mapping[str, Any]) -> str:
 def _settled(model: Any) -> dict[str, Any]:
     """Return the arguments that build the network's structure again."""
     found = {"yaml": model.yaml, "names": model.names, "task": getattr(model, "task", None)}
-    classes = getattr([*model.model][-1], "nc", model.yaml["nc"])
-    return _plain(
-        found | ({"num_classes": classes, "built_for": model.yaml["nc"]} if classes != model.yaml["nc"] else {})
-    )
+    built_for = model.yaml["nc"]
+    classes = getattr([*model.model][-1], "nc", built_for)
+    return _plain(found if classes == built_for else {**found, "num_classes": classes, "built_for": built_for})
 
 
 def _last_convs(model: Any) -> list[Any]:
@@ -316,43 +284,32 @@ def _answer_(model: Any, classes: int) -> None:
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments as a file holds them; raise SourceError for what JSON cannot hold."""
     try:
-        made: dict[str, Any] = json.loads(json.dumps(arguments, allow_nan=False))
+        return json.loads(json.dumps(arguments, allow_nan=False))  # type: ignore[no-any-return]
     except (TypeError, ValueError, RecursionError) as error:
         raise SourceError(f"the yaml of the network is no plain data: {reason_of(error)}") from None
-    return made
-
-
-@functools.cache
-def _known() -> set[str]:
-    folder = Path(package("ultralytics").__file__).parent / "cfg" / "models"
-    return {path.name for path in folder.rglob("*.yaml")}
 
 
 def _yaml(reference: str) -> dict[str, Any]:
     """Read the yaml that a reference names: a file, or one of the package's, with the letter of a size in its name."""
-    tasks, name = package("ultralytics.nn.tasks"), reference.removeprefix(PREFIX)
+    name = reference.removeprefix(PREFIX)
+    folder = Path(package("ultralytics").__file__).parent / "cfg" / "models"
+    known = sorted({path.name for path in folder.rglob("*.yaml")})
     unscaled = re.sub(r"(\d+)([nslmx])(.*)", r"\1\3", Path(name).name)
-    if not Path(name).is_file() and not {name, unscaled} & _known():
-        sized = [re.sub(r"(\d+)(.*)", rf"\1{letter}\2", one) for one in sorted(_known()) for letter in "nsmlx"]
+    if not Path(name).is_file() and name not in known and unscaled not in known:
+        sized = [re.sub(r"(\d+)(.*)", rf"\1{letter}\2", one) for one in known for letter in "nsmlx"]
         raise SourceError(f"ultralytics has no {name}, and no such file is here{near_names(name, sized)}")
-    config: dict[str, Any] = tasks.yaml_model_load(name)
-    return config
+    return package("ultralytics.nn.tasks").yaml_model_load(name)  # type: ignore[no-any-return]
 
 
 def _checked(config: Any, reference: str) -> dict[str, Any]:
-    """Return a copy of a yaml whose rows name layers alone; raise SourceError for any other.
-
-    ultralytics looks the names up among all that its module has imported, calls what it finds, and evaluates the
-    activation as Python.
-    """
+    """Return a copy of a yaml whose rows name layers alone; raise SourceError for any other."""
+    # ultralytics looks names up among all that its module imports, calls what it finds, and evaluates the activation.
     found = copy.deepcopy(config) if isinstance(config, dict) else {}
-    parts = [found.get("backbone"), found.get("head")]
-    rows = [row for part in parts if isinstance(part, list) for row in part]
+    parts: list[Any] = [found.get("backbone"), found.get("head")]
     if not all(isinstance(part, list) and part for part in parts):
         raise SourceError(f"{reference} has no yaml with a backbone and a head")
-    layers = package("ultralytics.nn.modules")
-    repeats = 0
-    for row in rows:
+    layers, repeats = package("ultralytics.nn.modules"), 0
+    for row in itertools.chain(*parts):
         if not isinstance(row, list) or len(row) != 4 or not isinstance(row[1], int) or not isinstance(row[3], list):
             raise SourceError(f"the yaml of {reference} has a row that is not [from, number, module, arguments]: {row}")
         name, repeats = str(row[2]), repeats + row[1]
@@ -363,21 +320,11 @@ def _checked(config: Any, reference: str) -> dict[str, Any]:
         if not allowed and name != "Silence":
             known = [one for one in dir(layers) if isinstance(getattr(layers, one), type)]
             raise SourceError(f"the yaml of {reference} names {name!r}, which is no layer{near_names(name, known)}")
-    numbers = _numbers([value for value in found.values() if not isinstance(value, str)])  # a file's name is no size
-    if repeats > _MOST_LAYERS or max(map(abs, numbers), default=0) > _MOST_WIDTH:
+    numbers = _NUMBER.findall(str([value for value in found.values() if not isinstance(value, str)]))  # no file's name
+    if repeats > _MOST_LAYERS or max(map(float, numbers), default=0) > _MOST_WIDTH:
         raise SourceError(f"the yaml of {reference} asks for more layers or channels than any network has")
     activation = found.get("activation")
     plain = _ACTIVATION.fullmatch(str(activation)) if activation else None
     if activation and (plain is None or not isinstance(getattr(nn, plain[1], None), type)):
         raise SourceError(f"the yaml of {reference} has the activation {activation!r}; it must be one of torch.nn's")
     return found
-
-
-def _numbers(value: Any) -> list[float]:
-    """Return every number in nested lists, those in text too."""
-    if isinstance(value, list | dict):
-        items = value.values() if isinstance(value, dict) else value
-        return [number for item in items for number in _numbers(item)]
-    if isinstance(value, str):
-        return [float(digits) for digits in re.findall(r"\d+", value)]
-    return [float(value)] if isinstance(value, int | float) else []

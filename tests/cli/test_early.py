@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from families import known_references
 from processes import forked
 
 from asymswap.cli import early
 from asymswap.errors import AsymswapError
-from asymswap.models.builders import known_references
-from asymswap.models.names import stored_networks
+from asymswap.models.fingerprints import stored_networks
 
 MISTAKES = {
     "convert resnet18 --recipe 3x3-onyl": "did you mean 3x3-only",

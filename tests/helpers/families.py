@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from torchvision import models
 
+from asymswap.models.builders import OWN, TORCHVISION
+
 
 def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> list[Any]:
     """The references (NAME, NAME@WEIGHTS, torchvision:NAME, or others) as parameters, most of them marked nightly.
@@ -22,6 +24,11 @@ def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> 
         found.append(pytest.param(reference, marks=pytest.mark.nightly if family in met else pytest.mark.slow))
         met.add(family)
     return found
+
+
+def known_references() -> list[str]:
+    """Every reference that names a network which needs no further package, in its full form."""
+    return OWN.names() + TORCHVISION.names()
 
 
 def _name(reference: str) -> str:

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from families import one_of_each_family
+from families import known_references, one_of_each_family
 from torch import Tensor
 
 from asymswap.errors import SourceError
 from asymswap.models import builders, opening, torchvision_models
-from asymswap.models.builders import family_of, identify, known_references
-from asymswap.models.family import matches, shapes_of, table
+from asymswap.models.builders import family_of, identify
+from asymswap.models.fingerprints import matches, shapes_of, table
 from asymswap.models.opening import open_model
-from asymswap.models.torchvision_models import Published
 from asymswap.types import Origin, silent
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 
@@ -208,11 +207,13 @@ def test_channels_as_they_are_change_nothing() -> None:
 
 
 def test_files_that_torchvision_publishes_are_known_by_their_hash() -> None:
-    assert torchvision_models.published("f37072fd" + "0" * 56) == Published("torchvision:resnet18", "IMAGENET1K_V1", {})
-    assert torchvision_models.published("0" * 64) is None
+    resnet18 = Origin("torchvision:resnet18", {})
+    assert torchvision_models.published("f37072fd" + "0" * 56) == (resnet18, "IMAGENET1K_V1")
+    assert torchvision_models.published("0" * 64) == (None, "")
     googlenet = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.url.rpartition("-")[2].removesuffix(".pth")
-    assert torchvision_models.published(googlenet + "0" * 56) == Published(
-        "torchvision:googlenet", "IMAGENET1K_V1", {"transform_input": True}
+    assert torchvision_models.published(googlenet + "0" * 56) == (
+        Origin("torchvision:googlenet", {"transform_input": True}),
+        "IMAGENET1K_V1",
     )
 
 
@@ -227,7 +228,7 @@ def test_published_weights_set_what_they_were_trained_with(
         "set the argument transform_input=True for weights that descend from torchvision's; it is off here"
         in unknown.notes
     )
-    known = Published("torchvision:googlenet", "IMAGENET1K_V1", {"transform_input": True})
+    known = Origin("torchvision:googlenet", {"transform_input": True}), "IMAGENET1K_V1"
     monkeypatch.setattr(torchvision_models, "published", lambda _: known)
     opened = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]
     assert opened.origin.arguments == {"transform_input": True}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import known_references
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
@@ -17,10 +18,10 @@ from torchvision import models
 import asymswap
 from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import trace
-from asymswap.models.builders import build, known_references
+from asymswap.models.builders import build
 from asymswap.models.converted import rebuild
 from asymswap.models.factories import UserCode
-from asymswap.models.names import near
+from asymswap.models.fingerprints import near
 from asymswap.models.networks import BUILDERS
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import is_file_reference, open_model

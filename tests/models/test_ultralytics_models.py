@@ -18,7 +18,6 @@ from processes import CLI, forked
 
 import asymswap
 from asymswap.errors import AsymswapError
-from asymswap.models import ultralytics_models
 from asymswap.models.ultralytics_models import KeptConv
 
 ultralytics = pytest.importorskip("ultralytics")
@@ -274,6 +273,5 @@ def test_other_networks_are_no_yolo(tmp_path: Path, weights: Path) -> None:
 
 def test_without_ultralytics_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ultralytics.nn.tasks", None)
-    ultralytics_models._known.cache_clear()
     with pytest.raises(AsymswapError, match=r"pip install 'asymswap\[ultralytics\]'"):
         asymswap.open_model(weights)
