@@ -29,11 +29,10 @@ def grid_size(kernel: Size, dilation: Size, reach: int) -> Size:
 def hat(distance: Tensor) -> Tensor:
     """Return the share of a tap at this signed distance from a cell: `max(0, 1 - |distance|)`, of the same shape.
 
-    It has kinks at -1, 0 and 1, and every tap of a conv that has just been converted sits on them. With `relu` the
-    derivative would be zero there, and no offset would ever learn. Here it is the mean of the two one-sided ones, for
-    `abs` has the derivative 0 at 0 and `maximum` parts the gradient evenly between equals: half the difference between
-    the pixel before and the one behind. It is exact where the image is a parabola, and prefers no direction, while the
-    right-hand side difference of `deform_conv2d` pulls down and right.
+    It has kinks at -1, 0 and 1, where every tap of a conv that has just been converted sits. With `relu` the derivative
+    would be zero there, and no offset would ever learn. Here it is the mean of the two one-sided ones, for `abs` has
+    the derivative 0 at 0 and `maximum` parts the gradient evenly between equals: exact where the image is a parabola,
+    and without a direction, while the right-hand side difference of `deform_conv2d` pulls down and right.
     """
     return torch.maximum(1 - distance.abs(), torch.zeros_like(distance))
 
@@ -60,10 +59,8 @@ def grow(w_OIHW: Tensor, share_TYX: Tensor) -> Tensor:
 def windows(share_TYX: Tensor, kernel: Size, dilation: Size, reach: int, shrink: Size | None) -> tuple[range, range]:
     """Return the rows and the columns of the smallest window about the kernel's middle with every cell that taps touch.
 
-    It is `reach - start` pixels longer than the original kernel on each side, shorter if negative. It keeps the
-    dilation of an axis along which all taps sit where a tap of the original kernel could, and is at most `shrink`
-    pixels shorter on either side, if given: its padding, smaller by as much, cannot be negative. Places count, not
-    weights: a pruned tap does not change the size.
+    It keeps the dilation of an axis along which all taps sit where a tap of the original kernel could, and is at most
+    `shrink` pixels shorter on each side: padding cannot be negative. Places count: a pruned tap changes nothing.
     """
     found = []
     for axis in (0, 1):

@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import islice
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,10 @@ class Problem:
         """L with L L' the covariance of one tap's inputs, averaged over the taps."""
         return _cholesky(torch.einsum("gkmkn->gmn", self.s_GKMKM) / self.w_GOKM.shape[2])
 
+    def rows_of(self, white_GMR: Tensor) -> Tensor:
+        """Rows v_GRM of a first conv that are these columns once they are whitened by `tap_factor`."""
+        return cast(Tensor, torch.linalg.solve_triangular(self.tap_factor.mT, white_GMR, upper=True)).mT
+
     def whitened(self) -> Tensor:
         """L' (sum_k W_k' P W_k) L with L L' the covariance of one tap: its eigenvalues are the energies."""
         gram = torch.einsum("gokm,gop,gpkn->gmn", self.w_GOKM, self.p_GOO, self.w_GOKM)
@@ -81,9 +86,7 @@ class Problem:
 def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first: bool) -> Problem:
     """Return the statistics of a conv in the order of its taps, for one order of the two convs."""
     groups, outputs, length = statistics.target_GOD.shape
-    inputs = length // (kernel[0] * kernel[1])
-    places = torch.arange(length).reshape(inputs, *kernel)
-    places = places.permute(2, 0, 1) if vertical_first else places.permute(1, 0, 2)
+    places = torch.arange(length).reshape(-1, *kernel).movedim(2 if vertical_first else 1, 0)
     taps, flat = places.shape[0], places.reshape(-1)
     s_GDD = statistics.ridged()[:, flat][:, :, flat]
     return Problem(
@@ -93,24 +96,15 @@ def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first:
     )
 
 
-def spectrum(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return start vectors v_GMM, the most useful first, and the error energy_GM that each takes away.
+def energies(problem: Problem) -> Tensor:
+    """Return the error energy_GM that each eigenvector of the whitened kernel takes away, the most useful first.
 
     The sum of what is left out is a close upper bound of a rank's error, exact if S is alike for all taps and white.
     """
-    with on_threads(1):
-        energy, vectors = torch.linalg.eigh(problem.whitened())
-    start_GMM = torch.linalg.solve_triangular(problem.tap_factor.mT, vectors.flip(-1), upper=True)
-    return start_GMM.mT, energy.flip(-1).clamp_min(0.0)
-
-
-def energies(problem: Problem) -> Tensor:
-    """Return the energies of `spectrum` alone, which take a third of the time."""
     return svd.eigenvalues(problem.whitened())
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A first conv, the second conv that suits it best, and the expected weighted squared error of the two."""
 
     v_GRM: Tensor
@@ -139,10 +133,8 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
             points = list(starts(problem, rank))
             parts = (problem.w_GOKM, problem.s_GKMKM, problem.p_GOO)
             copies = Problem(*(part.repeat(len(points), *[1] * (part.dim() - 1)) for part in parts))
-            fields = zip(*(vars(point).values() for point in points), strict=True)
-            ends = vars(descend(copies, Point(*map(torch.cat, fields)))).values()
-            chunks = zip(*(end.chunk(len(points)) for end in ends), strict=True)
-            best = reduce(_better, (Point(*chunk) for chunk in chunks))
+            ends = descend(copies, Point(*map(torch.cat, zip(*points, strict=True))))
+            best = reduce(_better, map(Point, *(end.chunk(len(points)) for end in ends)))
     v, h = best.v_GRM, best.h_GOKR
     scale_GR = (h.square().sum((1, 2)).sqrt() / v.norm(dim=2).clamp_min(1e-300)).clamp_min(1e-150).sqrt()
     second = (h / scale_GR[:, None, None, :]).permute(0, 3, 1, 2).flatten(2)
@@ -152,11 +144,12 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 def starts(problem: Problem, rank: int) -> Iterator[Point]:
     """Yield pairs to begin with, the best first as a rule.
 
-    By the leading eigenvectors of the whitened kernel, by its truncated SVD, by the eigenvectors of the output; then
-    pairs with a random first conv, the same ones each time, as many as are cheap to descend from. None of those at full
-    rank, where every start is exact.
+    By the leading eigenvectors of the whitened kernel, by its truncated SVD, by the eigenvectors of the output; then by
+    random first convs, always the same, as many as are cheap to descend from; none at full rank, where each is exact.
     """
-    yield project(problem, _orthonormal(problem, spectrum(problem)[0][:, :rank]))
+    with on_threads(1):
+        leading = torch.linalg.eigh(problem.whitened()).eigenvectors.flip(-1)[:, :, :rank]
+    yield project(problem, _orthonormal(problem, problem.rows_of(leading)))
     a_GMR, _ = svd.factors(problem.w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)
     padded_GRM = F.pad(a_GMR, (0, rank - a_GMR.shape[2])).mT  # rows of zero above its rank
     yield project(problem, _orthonormal(problem, padded_GRM))
@@ -165,14 +158,13 @@ def starts(problem: Problem, rank: int) -> Iterator[Point]:
     half_GMM = torch.linalg.solve_triangular(factor, gram_GMM, upper=False)
     white_GMM = torch.linalg.solve_triangular(factor, half_GMM.mT, upper=False)
     vectors = torch.linalg.eigh(white_GMM).eigenvectors.flip(-1)[:, :, :rank]
-    yield project(problem, torch.linalg.solve_triangular(factor.mT, vectors, upper=True).mT)
+    yield project(problem, problem.rows_of(vectors))
     random = torch.Generator().manual_seed(0)
     groups, outputs, taps, rows = problem.w_GOKM.shape
     cheap = min(_RANDOM, _RANDOM_SIZE // (groups * (taps * rows) ** 2))
     for _ in range(cheap if rank < min(rows, outputs * taps) else 0):
         drawn_GMR = torch.randn(groups, rows, rank, generator=random, dtype=torch.float64)
-        white_GMR = torch.linalg.solve_triangular(factor.mT, drawn_GMR.to(problem.w_GOKM), upper=True)
-        yield project(problem, _orthonormal(problem, white_GMR.mT))
+        yield project(problem, _orthonormal(problem, problem.rows_of(drawn_GMR.to(problem.w_GOKM))))
 
 
 def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Point:
@@ -247,7 +239,7 @@ def _search(problem: Problem, here: Point, step_GRM: Tensor) -> Point:
 def _better(one: Point, other: Point) -> Point:
     """In each group the point of the smaller error."""
     first_G = one.error_G <= other.error_G
-    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    pairs = zip(one, other, strict=True)
     return Point(*(torch.where(first_G.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
 
 
@@ -264,6 +256,4 @@ def _cholesky(a_GMM: Tensor, shift: float = 1e-10) -> Tensor:
 
 def _orthonormal(problem: Problem, v_GRM: Tensor) -> Tensor:
     """The same span by rows whose outputs are uncorrelated: rows alike would make the least squares ill-conditioned."""
-    q_GMR: Tensor = torch.linalg.qr(problem.tap_factor.mT @ v_GRM.mT).Q
-    rows_GMR: Tensor = torch.linalg.solve_triangular(problem.tap_factor.mT, q_GMR, upper=True)
-    return rows_GMR.mT
+    return problem.rows_of(torch.linalg.qr(problem.tap_factor.mT @ v_GRM.mT).Q)

@@ -63,10 +63,7 @@ def relative_error(w_GOD: Tensor, x_GOD: Tensor, s_GDD: Tensor | None = None) ->
 
 
 def divergence(statistics: SiteStatistics, x_GOD: Tensor) -> float | None:
-    """Return K-FAC's estimate, in nats, of what the error does to the network's prediction: half the weighted error.
-
-    None without a weight.
-    """
+    """Return K-FAC's estimate, in nats, of what the error does to the prediction: half the weighted one, or None."""
     if statistics.weight_GOO is None:
         return None
     gap_GOD, weight_GOO = statistics.target_GOD - x_GOD, statistics.output_weight()

@@ -1,7 +1,6 @@
 """Calibration statistics of one conv: mean and covariance of its input patches, and its target output.
 
-Shapes, G groups, C inputs and O outputs of one group, D = C*kh*kw the length of a patch, in the order of a kernel (c,
-i, j):
+Shapes, G groups, C inputs and O outputs of one group, D = C*kh*kw the length of a patch, in a kernel's order (c, i, j):
 
     mean_GD         mean of the patches
     cov_GDD         their covariance
@@ -44,9 +43,9 @@ class SiteStatistics:
     def ridged(self) -> Tensor:
         """Return the covariance with a ridge, positive definite.
 
-        Directions that the images hardly ever took (dead channels, fewer patches than D) would otherwise be free to
-        take any weight. With the ridge, as if they occurred a thousandth as often as the average one, the kernel keeps
-        its values there; it is 100 times the float32 noise of the sums, and harmless where patches are plenty.
+        Directions that the images hardly ever took (dead channels, fewer patches than D) could otherwise take any
+        weight. As if they occurred a thousandth as often as the average one, the kernel keeps its values there; the
+        ridge is 100 times the float32 noise of the sums, and harmless where patches are plenty.
         """
         return self.cov_GDD + torch.diag_embed(self.ridge().expand(-1, self.cov_GDD.shape[1]))
 
@@ -60,10 +59,8 @@ class SiteStatistics:
 
         The gradient of a few hundred images is noisy: no output channel may be given up because of it.
         """
-        outputs = self.target_GOD.shape[1]
-        eye_GOO = torch.eye(outputs, dtype=torch.float64, device=self.target_GOD.device).expand(
-            len(self.target_GOD), -1, -1
-        )
+        groups, outputs, _ = self.target_GOD.shape
+        eye_GOO = torch.eye(outputs).to(self.target_GOD).expand(groups, -1, -1)
         if self.weight_GOO is None:
             return eye_GOO
         scale = self.weight_GOO.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
@@ -76,20 +73,16 @@ class SiteStatistics:
     def intermediate(self, first_OIHW: Tensor, kernel: tuple[int, int], taps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return mean_GR and variance_GR of the output of a first conv, (G*R, C, kh, 1) or (G*R, C, 1, kw), of a pair.
 
-        At a pixel of the output the second conv reads one output of the first for each of its taps, made of the part of
-        the patch that belongs to the tap (a column of it, with the vertical conv first). So the mean and the covariance
-        of that part tell the moments of the first conv's output map, seen through this tap. Here it is seen through the
-        given taps together; the moments are exact for the pixels that those taps read.
+        Each of the second conv's taps reads an output of the first one that is made of its part of the patch (a column,
+        with the vertical conv first): its mean and covariance tell the moments of the first conv's output map, seen
+        through this tap. Here it is seen through the given taps together, exactly for the pixels that they read.
         """
-        axis = 2 if first_OIHW.shape[3] == 1 else 1
+        axis = 3 if first_OIHW.shape[3] == 1 else 2
         v_GRM = first_OIHW.detach().to(torch.float64).flatten(1).unflatten(0, (len(self.mean_GD), -1))
-        mean_GCij = self.mean_GD.unflatten(1, (-1, *kernel))
+        mean_GKM = self.mean_GD.unflatten(1, (-1, *kernel)).movedim(axis, 1).flatten(2)
         cov_GCijCij = self.cov_GDD.unflatten(2, (-1, *kernel)).unflatten(1, (-1, *kernel))
-        means, squares = [], []
-        for tap in taps:
-            mean_GM = mean_GCij.select(1 + axis, tap).flatten(1)
-            cov_GMM = cov_GCijCij.select(4 + axis, tap).select(1 + axis, tap).flatten(3).flatten(1, 2)
-            means.append(torch.einsum("grm,gm->gr", v_GRM, mean_GM))
-            squares.append(torch.einsum("grm,gmn,grn->gr", v_GRM, cov_GMM, v_GRM) + means[-1].square())
-        mean_GR = torch.stack(means).mean(0)
-        return mean_GR, (torch.stack(squares).mean(0) - mean_GR.square()).clamp_min(0.0)
+        cov_GKMM = cov_GCijCij.diagonal(dim1=axis, dim2=axis + 3).movedim(-1, 1).flatten(4).flatten(2, 3)
+        mean_GKR = torch.einsum("grm,gkm->gkr", v_GRM, mean_GKM[:, taps])
+        variance_GKR = torch.einsum("grm,gkmn,grn->gkr", v_GRM, cov_GKMM[:, taps], v_GRM)
+        mean_GR, square_GR = mean_GKR.mean(1), (variance_GKR + mean_GKR.square()).mean(1)
+        return mean_GR, (square_GR - mean_GR.square()).clamp_min(0.0)

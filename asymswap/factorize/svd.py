@@ -29,13 +29,7 @@ def as_matrix(w_OIHW: Tensor, groups: int, vertical_first: bool) -> Tensor:
     along_across = (3, 1, 4) if vertical_first else (4, 1, 3)
     # Arranged and widened in one step: large kernels need no second copy in float64.
     arranged = w_GOIHW.permute(0, 2, *along_across).to(torch.float64, memory_format=torch.contiguous_format)
-    m_GAB: Tensor = arranged.flatten(3).flatten(1, 2)
-    return m_GAB
-
-
-def energies(m_GAB: Tensor) -> Tensor:
-    """Squared singular values energy_GK of each group, in descending order."""
-    return eigenvalues(_gram(m_GAB))
+    return arranged.flatten(3).flatten(1, 2)
 
 
 def eigenvalues(gram_GKK: Tensor) -> Tensor:
@@ -50,9 +44,9 @@ def factors(m_GAB: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Even sharing gives both convs weights of one scale, which is what an optimiser wants to find when it trains on.
     """
-    gram = _gram(m_GAB)
+    gram_GKK = gram(m_GAB)
     with on_threads(1):
-        energy_GK, basis = torch.linalg.eigh(gram)
+        energy_GK, basis = torch.linalg.eigh(gram_GKK)
     energy_GR = energy_GK.flip(-1)[:, :rank].clamp_min(0.0)
     basis = basis.flip(-1)[..., :rank]
     # Directions without energy keep their unit vector on one side: dividing by their square root would be noise.
@@ -65,21 +59,17 @@ def factors(m_GAB: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def as_kernels(a_GAR: Tensor, b_GRB: Tensor, kernel: tuple[int, int], vertical_first: bool) -> tuple[Tensor, Tensor]:
     """Arrange the factors as conv weights: (G*R, C, kh, 1) and (G*O, R, 1, kw), or the other axes, in run order."""
-    along, across = kernel if vertical_first else kernel[::-1]
+    column, row = (kernel[0], 1), (1, kernel[1])
+    along, across = (column, row) if vertical_first else (row, column)
     groups, _, rank = a_GAR.shape
-    first = a_GAR.mT.reshape(groups * rank, -1, along)
-    second = b_GRB.reshape(groups, rank, -1, across).transpose(1, 2).flatten(0, 1)
-    if vertical_first:
-        return first[..., None], second[..., None, :]
-    return first[..., None, :], second[..., None]
+    second = b_GRB.reshape(groups, rank, -1, *across).transpose(1, 2).flatten(0, 1)
+    return a_GAR.mT.reshape(groups * rank, -1, *along), second
 
 
-def compose(first: Tensor, second: Tensor, groups: int, vertical_first: bool) -> Tensor:
-    """Return the kernel w_OIHW that equals a pair of conv weights with nothing between the two."""
-    first_GRCx = first.flatten(2).unflatten(0, (groups, -1))
-    second_GORy = second.flatten(2).unflatten(0, (groups, -1))
-    equation = "grci,gorj->gocij" if vertical_first else "grcj,gori->gocij"
-    return torch.einsum(equation, first_GRCx, second_GORy).flatten(0, 1)
+def compose(first: Tensor, second: Tensor, groups: int) -> Tensor:
+    """Return the kernel w_OIHW that equals a pair of conv weights, each along one axis, with nothing between."""
+    pair = (weight.unflatten(0, (groups, -1)) for weight in (first, second))
+    return torch.einsum("gmihw,gomhw->goihw", *pair).flatten(0, 1)
 
 
 def carried(shift_GR: Tensor, second_ORHW: Tensor) -> Tensor:
@@ -88,5 +78,6 @@ def carried(shift_GR: Tensor, second_ORHW: Tensor) -> Tensor:
     return torch.einsum("gorx,gr->go", weight_GORx.to(shift_GR), shift_GR).flatten()
 
 
-def _gram(m_GAB: Tensor) -> Tensor:
+def gram(m_GAB: Tensor) -> Tensor:
+    """Return the smaller Gram matrix (G, K, K) of each group, whose eigenvalues are the energies."""
     return m_GAB @ m_GAB.mT if m_GAB.shape[1] <= m_GAB.shape[2] else m_GAB.mT @ m_GAB

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import listed
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import copy_with, list_tensors, map_tensors, meta_copy
+from asymswap.utils.tensors import copy_with, device_of, list_tensors, map_tensors, meta_copy
 
 Operation = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 """The name of a function of torch, the shapes of the tensors that it returned, and which of the model's own it read."""
@@ -30,29 +30,20 @@ Operation = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 _MARK = "_asymswap_depends_on_input"
 
 
-class ModuleCall(NamedTuple):
-    """One call of a module: its arguments on the meta device, and which operations of the recording it did."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    operations: slice
-
-
 class Recording(TorchFunctionMode):
     """What a run did: while it lasts, every function of torch that gets a tensor which depends on the marked ones.
 
     `operations` are those that depend on its input, in order; `calls` the calls of each module that holds a conv, by
-    the module's id. `functional_convs` counts the calls of `F.conv2d` that no Conv2d made, by the name and the class of
-    the module that did; `functional_weights` are the names of the model's own parameters that these used. `running` are
-    the modules that have begun and not ended: name, module, arguments of one that holds a conv, its first operation.
+    the module's id: its arguments on the meta device, and which operations it did. `functional_convs` are the calls of
+    `F.conv2d` that no Conv2d made: name and class of the module that did, and the weight's name in the model. `running`
+    are the modules that have begun and not ended: name, module, arguments of one that holds a conv, first operation.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self.calls: dict[int, list[ModuleCall]] = defaultdict(list)
-        self.functional_convs: Counter[tuple[str, str]] = Counter()
-        self.functional_weights: set[str] = set()
+        self.calls: dict[int, list[tuple[Any, slice]]] = defaultdict(list)
+        self.functional_convs: list[tuple[str, str, str | None]] = []
         self.running: list[tuple[str, nn.Module, Any, int]] = []
         every = itertools.chain(model.named_parameters(), model.named_buffers())
         self._names = {id(tensor): name for name, tensor in every}
@@ -61,10 +52,8 @@ class Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.conv2d and self.running and not isinstance(self.running[-1][1], nn.Conv2d):
             module_name, module, *_ = self.running[-1]
-            self.functional_convs[module_name, type(module).__name__] += 1
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if isinstance(weight, nn.Parameter) and id(weight) in self._names:
-                self.functional_weights.add(self._names[id(weight)])
+            self.functional_convs.append((module_name, type(module).__name__, self._names.get(id(weight))))
         given = list_tensors((args, kwargs))
         depends = any(hasattr(tensor, _MARK) for tensor in given)
         result = func(*args, **kwargs)
@@ -85,10 +74,10 @@ class Recording(TorchFunctionMode):
         if not self.functional_convs:
             return ()
         by_class: dict[str, list[str]] = defaultdict(list)
-        for (name, kind), calls in self.functional_convs.items():
+        for (name, kind), calls in Counter(call[:2] for call in self.functional_convs).items():
             by_class[kind].append((name or "the model itself") + (f" ({calls} times)" if calls > 1 else ""))
         where = "; ".join(f"{kind} {listed(names, 4)}" for kind, names in by_class.items())
-        number = self.functional_convs.total()
+        number = len(self.functional_convs)
         what = "1 convolution is a function call" if number == 1 else f"{number} convolutions are function calls"
         return (f"{what} (conv2d without an nn.Conv2d), which nothing can be swapped for: {where}",)
 
@@ -105,8 +94,7 @@ def recording(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Recording, Inp
     def leave(module: nn.Module, *_: Any) -> None:
         given, start = found.running.pop()[2:]
         if given is not None:
-            args, kwargs = given
-            found.calls[id(module)].append(ModuleCall(args, kwargs, slice(start, len(found.operations))))
+            found.calls[id(module)].append((given, slice(start, len(found.operations))))
 
     copies = map_tensors(inputs, lambda tensor: tensor.detach().clone().as_subclass(Tensor))
     for tensor in list_tensors(copies):
@@ -162,10 +150,18 @@ def bind(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
 
 
 def trace_graph(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
-    """Return the module's graph, with arguments that are no tensors as constants; raises whatever torch.fx raises."""
+    """Return the module's graph, with arguments that are no tensors as constants; raises whatever torch.fx raises.
+
+    Constants that tracing puts on a module of meta tensors go to the meta device too.
+    """
     kinds = (type(None), bool, int, float, str)
     constants = {name: value for name, value in arguments.items() if type(value) in kinds}
-    return _Tracer().trace(module, constants or None)
+    graph = _Tracer().trace(module, constants or None)
+    for part in module.modules() if device_of(module).type == "meta" else ():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value.to("meta"))
+    return graph
 
 
 def placeholder_value(node: fx.Node, arguments: Mapping[str, Any]) -> Any:
@@ -181,19 +177,16 @@ def believed_parts(model: nn.Module, recorded: Recording, ghost: nn.Module) -> d
     """
 
     def graph_of(part: nn.Module, prefix: str) -> fx.Graph | None:
-        calls = recorded.calls.get(id(model.get_submodule(prefix)), [])
         graph = None
-        for call in calls:
+        for given, operations in recorded.calls.get(id(model.get_submodule(prefix)), []):
             # Copies, since what works in place changes the marks.
-            arguments = bind(part, *map_tensors((call.args, call.kwargs), _ghost))
-            if graph is None:
-                graph = trace_graph(part, arguments)
-                to_meta_(part)
+            arguments = bind(part, *map_tensors(given, _ghost))
+            graph = graph or trace_graph(part, arguments)
             found = Recording(ghost)
             values = {node: placeholder_value(node, arguments) for node in graph.nodes if node.op == "placeholder"}
             with torch.no_grad(), torch.device("meta"), found:
                 fx.Interpreter(part, garbage_collect_values=False, graph=graph).run(initial_env=values)
-            if found.operations != recorded.operations[call.operations]:
+            if found.operations != recorded.operations[operations]:
                 return None
         return graph
 
@@ -222,14 +215,6 @@ def _graphs(model: nn.Module, graph_of: Callable[[nn.Module, str], fx.Graph | No
     return found
 
 
-def to_meta_(root: nn.Module) -> None:
-    """Move the constants that tracing has put on a module of meta tensors to the meta device too."""
-    for module in root.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_meta:
-                setattr(module, name, value.to("meta"))
-
-
 def whole_graph(model: nn.Module, inputs: Inputs, on_meta: bool = False) -> tuple[fx.Graph, nn.Module]:
     """Return the graph of the whole model and the copy that was traced; raises whatever torch.fx raises.
 
@@ -237,7 +222,4 @@ def whole_graph(model: nn.Module, inputs: Inputs, on_meta: bool = False) -> tupl
     """
     every = itertools.chain(model.parameters(), model.buffers())
     root = (meta_copy(model) if on_meta else copy_with(model, every, lambda tensor: tensor)).eval()
-    graph = trace_graph(root, bind(root, inputs, {}))
-    if on_meta:
-        to_meta_(root)
-    return graph, root
+    return trace_graph(root, bind(root, inputs, {})), root

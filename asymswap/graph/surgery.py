@@ -62,16 +62,14 @@ def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None =
 
     Its own batch norms get mode and trainability of `norm`, a batch norm that it has taken over.
     """
-    replacement.to(conv.weight.device)
-    replacement.train(conv.training)
+    replacement.to(conv.weight.device).train(conv.training)
     for name, parameter in replacement.named_parameters():
         own = conv.bias if name.rpartition(".")[2] == "bias" and conv.bias is not None else conv.weight
         parameter.requires_grad_(own.requires_grad)
-    if norm is not None:
-        for part in replacement.modules():
-            if isinstance(part, nn.modules.batchnorm._NormBase):
-                part.train(norm.training)
-                part.requires_grad_(all(parameter.requires_grad for parameter in norm.parameters()))
+    for part in replacement.modules():
+        if norm is not None and isinstance(part, nn.modules.batchnorm._NormBase):
+            part.train(norm.training)
+            part.requires_grad_(all(parameter.requires_grad for parameter in norm.parameters()))
     if is_channels_last(conv.weight):
         replacement.to(memory_format=torch.channels_last)
     return replacement
@@ -89,8 +87,8 @@ def give_back_(fused: nn.Conv2d, replacement: nn.Module) -> nn.Conv2d:
 def fold_norms(model: nn.Module, inputs: Inputs) -> nn.Module:
     """Return a copy in eval mode that computes the same, where every batch norm that can be is folded into its conv.
 
-    All other tensors are the model's own. A norm stays where more than one conv, or something else than a conv, feeds
-    it, and where torch.fx cannot follow the model. Of the `inputs` only shapes and dtypes matter.
+    All other tensors are the model's own. A norm stays where anything but one conv feeds it, and where torch.fx cannot
+    follow the model. Of the `inputs` only shapes and dtypes matter.
     """
     folded: dict[str, nn.Module] = {}
     sites: tuple[Site, ...] = ()

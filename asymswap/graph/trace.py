@@ -1,21 +1,19 @@
 """Reading a model: every `nn.Conv2d` as a `Site`, with calls from a run on meta tensors and neighbours from torch.fx.
 
-Sizes come from forward hooks on a run that computes nothing, which reach every Conv2d of every model that runs on meta
-tensors; torch.fx adds what is beside each conv. Where the graph of the whole model cannot be made, or is not what
-runs, the largest parts are read whose graphs are; where there is none, the sites have no neighbours, and `Trace.by`
-says so.
+Forward hooks reach every Conv2d of every model that runs on meta tensors; torch.fx adds what is beside each conv. Where
+the graph of the whole model cannot be made, or is not what runs, the largest parts are read whose graphs are; where
+there is none, the sites have no neighbours, and `Trace.by` says so.
 """
-
-from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.utils import _pair
 
 from asymswap.errors import TraceError, listed
 from asymswap.graph.graphs import Recording, believed_parts, recording, traceable_parts
@@ -54,7 +52,7 @@ class Trace:
     on_meta: bool = True
     notes: tuple[str, ...] = ()
 
-    def refusing(self, names: Collection[str], reason: str) -> Trace:
+    def refusing(self, names: Collection[str], reason: str) -> Self:
         """Return the same with those sites refused that were not yet."""
         sites = (replace(s, refusal=s.refusal or reason) if s.name in names else s for s in self.sites)
         return replace(self, sites=tuple(sites))
@@ -78,7 +76,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     graphs = believed_parts(ran, recorded, ghost)
     neighbours, read_elsewhere = _read_graphs(ghost, graphs)
     neighbours = _alone_in_training(model, inputs, neighbours)
-    read_elsewhere |= {name.rpartition(".")[0] for name in recorded.functional_weights}
+    read_elsewhere |= {weight.rpartition(".")[0] for _, _, weight in recorded.functional_convs if weight is not None}
     sites = make_sites(model, calls, neighbours, read_elsewhere)
     on_meta = all(parameter.is_meta for parameter in ran.parameters())
     return Trace(sites, tuple(graphs), on_meta, tied_note(sites) + recorded.notes())
@@ -115,8 +113,7 @@ def read_structure(model: nn.Module) -> tuple[Site, ...]:
 
 def conv_input(args: Any, kwargs: Any) -> Tensor:
     """Return the input of a conv, or of its replacement: its one argument, which may go by its name."""
-    x: Tensor = args[0] if args else kwargs["input"]
-    return x
+    return cast(Tensor, args[0] if args else kwargs["input"])
 
 
 def conv_hooks(model: nn.Module, see: Callable[[str, Tensor, Tensor], None]) -> AbstractContextManager[None]:
@@ -129,11 +126,8 @@ def _run_somehow(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, dict[str,
 
     def run(copied: nn.Module, given: Inputs) -> tuple[nn.Module, dict[str, list[Call]], Recording]:
         calls: dict[str, list[Call]] = defaultdict(list)
-
-        def see(name: str, seen: Tensor, output: Tensor) -> None:
-            calls[name].append(Call.of(seen.shape, output.shape))
-
-        with torch.no_grad(), conv_hooks(copied, see), recording(copied, given) as (recorded, copies):
+        seen = conv_hooks(copied, lambda name, x, output: calls[name].append(Call.of(x.shape, output.shape)))
+        with torch.no_grad(), seen, recording(copied, given) as (recorded, copies):
             copied(*copies)
         return copied, dict(calls), recorded
 
@@ -169,8 +163,6 @@ def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[
                 owner = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
                 used[node] = root.get_submodule(owner)
         runs = Counter(id(module) for module in used.values())
-        # Where only a part was traced, its inputs and outputs are seams of ours, not of the model.
-        seams = {"input", "output"} if prefix else set()
         for node, module in used.items():
             name = first_names.get(id(module))
             if name is not None and node.op == "get_attr":
@@ -178,17 +170,14 @@ def _read_graphs(model: nn.Module, parts: Mapping[str, fx.Graph]) -> tuple[dict[
             elif name is not None:
                 sides = []
                 for forward, known in zip((False, True), found.get(name, ((), ())), strict=True):
-                    neighbours = [n for n in _walk(root, runs, node, forward) if n.op not in seams]
+                    neighbours = [*_walk(root, runs, node, forward)]
                     if prefix:
-                        # More may run a neighbour than its part shows.
-                        neighbours = [replace(n, name=f"{prefix}.{n.name}", alone=False) for n in neighbours]
+                        # A part's inputs and outputs are seams of ours, and more may run a neighbour than it shows.
+                        inside = [n for n in neighbours if n.op not in ("input", "output")]
+                        neighbours = [replace(n, name=f"{prefix}.{n.name}", alone=False) for n in inside]
                     sides.append(known + tuple(n for n in neighbours if n not in known))
                 found[name] = sides[0], sides[1]
     return found, read_elsewhere
-
-
-def _own_tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, Neighbours]) -> dict[str, Neighbours]:
@@ -204,7 +193,8 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     with suppress(Exception):
         ghost.train()
     trained, _ = _read_graphs(ghost, traceable_parts(ghost))
-    owners = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
+    every = [(*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in model.modules()]
+    owners = Counter(id(tensor) for tensors in every for tensor in tensors)
     runs: Counter[int] = Counter()
     # The copy is not used again: the hooks may stay.
     for norm in set(pairs.values()):
@@ -215,7 +205,8 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     found = dict(neighbours)
     for name, norm in pairs.items():
         modes = [(whole.get_submodule(norm).training, whole.get_submodule(name).training) for whole in (model, ghost)]
-        shares = any(owners[id(tensor)] > 1 for tensor in _own_tensors(model.get_submodule(norm)))
+        own = model.get_submodule(norm)
+        shares = any(owners[id(tensor)] > 1 for tensor in (*own.parameters(), *own.buffers()))
         runs_once = runs[id(ghost.get_submodule(norm))] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
         if shares or not runs_once or any(one != other for one, other in modes):
             before, after = found[name]
@@ -262,8 +253,7 @@ def _activation(module: nn.Module) -> str:
 
     timm's BatchNormAct2d applies its `act`, maybe an identity; other classes with a forward go by their own name.
     """
-    forwards = {cls.forward for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)}
-    if type(module).forward in forwards:
+    if type(module).forward in {cls.forward for cls in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)}:
         return "identity"
     act = getattr(module, "act", None)
     return canonical(type(act if isinstance(act, nn.Module) else module).__name__)
@@ -271,7 +261,7 @@ def _activation(module: nn.Module) -> str:
 
 def read_conv(conv: nn.Conv2d) -> ConvSpec:
     """Return all fields of a conv, as its forward reads them: channels and kernel are those of its weight."""
-    outputs, inputs, *kernel = (conv.out_channels, conv.in_channels // conv.groups, *_pair(conv.kernel_size))
+    outputs, inputs, kernel = conv.out_channels, conv.in_channels // conv.groups, _pair(conv.kernel_size)
     if not isinstance(conv.weight, nn.parameter.UninitializedParameter):
         outputs, inputs, *kernel = conv.weight.shape
     return ConvSpec(
@@ -361,7 +351,3 @@ def _memory(parameter: nn.Parameter) -> int:
     if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta or not parameter.numel():
         return id(parameter)
     return parameter.data_ptr()
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,4 +1,4 @@
-"""Convs made from their fields, strip convs (one column or one row of taps), and batch norms as numbers.
+"""Convs made from their fields, convs and kernels of another size about the same middle, and batch norms as numbers.
 
 A strip meets the centre of a k x k kernel with odd sides: k x 1 taps at the centre column see what that column sees if
 the input has d * (k - 1) / 2 pixels less beside it than the kernel pads, d being the dilation. So the padding shrinks
@@ -6,7 +6,10 @@ by that much, and where the kernel pads less, the rest is cut from the input. Ev
 distance from the border alone, so that less of it is a part of more of it.
 """
 
+import operator
+from collections.abc import Mapping
 from dataclasses import astuple, replace
+from functools import reduce
 from typing import cast
 
 import torch
@@ -58,73 +61,87 @@ def unsupported(conv: ConvSpec) -> str | None:
     return None
 
 
-def strip_convs(conv: ConvSpec, bias: bool = False) -> tuple[ConvSpec, ConvSpec, Size]:
-    """Return the kh x 1 (maybe with a bias) and the 1 x kw conv at the centre of a kernel, and `StripSum`'s crop."""
-    vertical = replace(conv, kernel=(conv.kernel[0], 1), bias=bias)
-    horizontal = replace(conv, kernel=(1, conv.kernel[1]), bias=False)
-    if conv.padding == "same":
-        return vertical, horizontal, (0, 0)
-    height, width = (0, 0) if isinstance(conv.padding, str) else conv.padding
-    rows = height - conv.dilation[0] * (conv.kernel[0] - 1) // 2
-    columns = width - conv.dilation[1] * (conv.kernel[1] - 1) // 2
-    vertical = replace(vertical, padding=(height, max(columns, 0)))
-    return vertical, replace(horizontal, padding=(max(rows, 0), width)), (max(-rows, 0), max(-columns, 0))
+def centred(conv: ConvSpec, kernel: Size, dilation: Size | None = None) -> tuple[ConvSpec, Size]:
+    """Return the conv of another size about the same middle, and its crop: see `CroppedSum`."""
+    fields = replace(conv, kernel=kernel, dilation=dilation or conv.dilation)
+    own = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    axes = zip(own, fields.dilation, kernel, conv.dilation, conv.kernel, strict=True)
+    rows, columns = (pad + (d * (k - 1) - old_d * (old_k - 1)) // 2 for pad, d, k, old_d, old_k in axes)
+    if conv.padding == "same" or (rows, columns) == own:
+        return fields, (0, 0)
+    return replace(fields, padding=(max(rows, 0), max(columns, 0))), (max(-rows, 0), max(-columns, 0))
 
 
-class StripSum(nn.Module):
-    """The sum of a vertical and a horizontal strip.
+def half(conv: ConvSpec, vertical: bool) -> ConvSpec:
+    """Return the fields of a conv along one axis alone."""
 
-    Input (N, C, H, W) or (C, H, W), output that of the k x k conv. `crop` is how many (rows, columns) are cut from each
-    side of the horizontal and of the vertical strip's input.
-    """
+    def along(size: Size, across: int = 1) -> Size:
+        return (size[0], across) if vertical else (across, size[1])
 
-    def __init__(self, crop: Size, vertical: nn.Module, horizontal: nn.Module) -> None:
+    padding = conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
+    kernel, stride, dilation = along(conv.kernel), along(conv.stride), along(conv.dilation)
+    return replace(conv, kernel=kernel, stride=stride, dilation=dilation, padding=padding)
+
+
+class CroppedSum(nn.Module):
+    """The sum of modules by name on (N, C, H, W) or (C, H, W), each with its crop: (rows, columns) cut on each side."""
+
+    def __init__(self, parts: Mapping[str, tuple[nn.Module, Size]]) -> None:
         super().__init__()
-        self.vertical, self.horizontal = vertical, horizontal
-        self.crop = crop
+        for name, (module, _) in parts.items():
+            self.add_module(name, module)
+        self.crops = {name: crop for name, (_, crop) in parts.items() if any(crop)}
 
     def forward(self, input: Tensor) -> Tensor:
-        rows, columns = self.crop
-        beside: Tensor = self.horizontal(input[..., rows:-rows, :] if rows else input)
-        output: Tensor = self.vertical(input[..., columns:-columns] if columns else input) + beside
-        return output
+        outputs: list[Tensor] = []
+        for name, module in self.named_children():
+            rows, columns = self.crops.get(name, (0, 0))
+            seen = input[..., rows : input.shape[-2] - rows, columns : input.shape[-1] - columns]
+            outputs.append(module(seen if rows or columns else input))
+        return reduce(operator.add, outputs)
 
     def extra_repr(self) -> str:
-        return f"crop={self.crop}" if any(self.crop) else ""
+        return f"crops={self.crops}" if self.crops else ""
 
 
-def centre_column(w_OIHW: Tensor) -> Tensor:
-    """Return the taps (O, I, H, 1) of the vertical strip, a view."""
-    return w_OIHW.narrow(3, w_OIHW.shape[3] // 2, 1)
+def placed(w_OIHW: Tensor, kernel: Size, dilations: tuple[Size, Size] = ((1, 1), (1, 1))) -> Tensor:
+    """Return the taps in a kernel of another size about the same middle, and from the first dilation to the second.
+
+    Places without a tap are zero, taps without a place are left out.
+    """
+    found = w_OIHW.new_zeros(*w_OIHW.shape[:2], *kernel)
+    places = []
+    for *old_and_new, old_step, step in zip(w_OIHW.shape[2:], kernel, *dilations, strict=True):
+        old, new = (torch.arange(1 - taps, taps, 2, device=w_OIHW.device) for taps in old_and_new)
+        places.append(torch.nonzero(old[:, None] * old_step == new * step, as_tuple=True))
+    (old_rows, rows), (old_columns, columns) = places
+    found[:, :, rows[:, None], columns] = w_OIHW[:, :, old_rows[:, None], old_columns]
+    return found
 
 
-def centre_row(w_OIHW: Tensor) -> Tensor:
-    """Return the taps (O, I, 1, W) of the horizontal strip, a view."""
-    return w_OIHW.narrow(2, w_OIHW.shape[2] // 2, 1)
+def float64(tensor: Tensor | None) -> Tensor:
+    """Return the numbers of a tensor, which must be there, in float64 on the CPU."""
+    return cast(Tensor, tensor).detach().to("cpu", torch.float64)
 
 
-def as_square(vertical: Tensor, horizontal: Tensor) -> Tensor:
-    """Return the kernel (O, I, H, W) that equals the sum of a vertical and a horizontal strip."""
-    outputs, inputs, height, _ = vertical.shape
-    kernel = vertical.new_zeros(outputs, inputs, height, horizontal.shape[3])
-    centre_column(kernel).copy_(vertical)
-    centre_row(kernel).add_(horizontal)
-    return kernel
-
-
-def set_neutral_(norm: nn.BatchNorm2d, mean_O: Tensor, variance_O: Tensor) -> None:
-    """Give a batch norm these statistics, in place, and the weight and bias by which it does nothing in eval mode."""
+def set_norm_(
+    norm: nn.BatchNorm2d,
+    mean_O: Tensor,
+    variance_O: Tensor,
+    scale_O: Tensor | float = 1.0,
+    shift_O: Tensor | float = 0.0,
+) -> None:
+    """Give a batch norm these statistics, in place, and in eval mode the function `scale * x + shift`."""
     mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    store_(mean, mean_O)
-    store_(variance, variance_O)
-    # From the statistics as they are stored, rounded or cut, so that one undoes the other.
-    norm.weight.copy_((variance.to(torch.float64) + norm.eps).sqrt())
-    norm.bias.copy_(mean)
+    with torch.no_grad():
+        store_(mean, mean_O)
+        store_(variance, variance_O)
+        # From the statistics as they are stored, rounded or cut, so that one undoes the other.
+        norm.weight.copy_(scale_O * (float64(variance) + norm.eps).sqrt())
+        norm.bias.copy_(scale_O * float64(mean) + shift_O)
 
 
 def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Return the factor and the shift of a batch norm in eval mode, each (O) in float64."""
-    numbers = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    mean_O, variance_O, weight_O, bias_O = (cast(Tensor, tensor).detach().to(torch.float64) for tensor in numbers)
-    scale_O = weight_O / (variance_O + norm.eps).sqrt()
-    return scale_O, bias_O - mean_O * scale_O
+    scale_O = (1.0 if norm.weight is None else float64(norm.weight)) / (float64(norm.running_var) + norm.eps).sqrt()
+    return scale_O, (0.0 if norm.bias is None else float64(norm.bias)) - float64(norm.running_mean) * scale_O

@@ -4,14 +4,12 @@ R is the rank of the kernel, arranged as a matrix: `asymswap.factorize.svd` for 
 `asymswap.factorize.covariance` for calibration data. The first conv has no bias, the second has the conv's.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -40,9 +38,8 @@ class PairSettings(KindSettings):
     """Give the second conv a bias even where the conv has none, for calibration to set."""
 
     @model_validator(mode="after")
-    def _one_size(self) -> PairSettings:
-        sizes = {"rank": self.rank, "ratio": self.ratio, "energy": self.energy}
-        given = [f"{name} = {size}" for name, size in sizes.items() if size is not None]
+    def _one_size(self) -> Self:
+        given = [f"{name} = {getattr(self, name)}" for name in Pair.SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of rank, ratio and energy, not {' and '.join(given)}")
         return self
@@ -96,8 +93,7 @@ class Pair(Replacement):
             if settings.multiple == "auto" and site.cost.macs >= _SMALL:
                 paying = sum(option.cost.macs < site.cost.macs for option in curve)
                 step = next((step for step in (16, 8, 4, 2) if 5 * step <= paying), 1)
-            for option in curve:
-                rank = option.settings["rank"]
+            for rank, option in enumerate(curve, start=1):
                 # Powers of two below the step keep the cheapest ranks within reach.
                 if rank % step == 0 or (rank < step and rank.bit_count() == 1) or option is curve[-1]:
                     found.append(option)
@@ -111,11 +107,9 @@ class Pair(Replacement):
             if settings.rank is not None:
                 found += curve[settings.rank - 1 : settings.rank]
             elif settings.ratio is not None:
-                most = settings.ratio * site.cost.macs
-                found += [option for option in curve if option.cost.macs <= most][-1:]
+                found += [option for option in curve if option.cost.macs <= settings.ratio * site.cost.macs][-1:]
             else:
-                assert settings.energy is not None
-                least = settings.energy
+                least = settings.energy or 0.0
                 found.append(next(option for option in curve if 1 - option.error >= least or option is curve[-1]))
         if not found and settings.rank is not None:
             raise RecipeError(f"rank = {settings.rank} is above the full rank {max(map(len, curves))}")
@@ -133,7 +127,8 @@ class Pair(Replacement):
         """Return one option for each rank; its error is the share of the energy that truncation leaves out."""
         statistics, nats = original.statistics, list[float]()
         if statistics is None:
-            errors = _left(svd.energies(svd.as_matrix(original.conv.weight, site.conv.groups, form.vertical_first)))
+            matrix = svd.as_matrix(original.conv.weight, site.conv.groups, form.vertical_first)
+            errors = _left(svd.eigenvalues(svd.gram(matrix)))
         else:
             problem = covariance.arrange(statistics, site.conv.kernel, form.vertical_first)
             plain = replace(problem, p_GOO=torch.eye(site.conv.group_out).to(problem.p_GOO)[None])
@@ -147,20 +142,12 @@ class Pair(Replacement):
             for rank, error in enumerate(errors[: full_rank(site.conv, form)], start=1)
         ]
 
-    def between(self, conv: ConvSpec, settings: Any) -> dict[str, nn.Module]:
-        """Return what is between the two convs, by name."""
-        return {}
-
     def build(self, conv: ConvSpec, settings: Any) -> nn.Sequential:
-        (name, first), (other, second) = self.halves(conv, settings).items()
-        layers = {name: _convs.new_conv(first), **self.between(conv, settings), other: _convs.new_conv(second)}
-        return nn.Sequential(OrderedDict[str, nn.Module](layers))
+        halves = self.halves(conv, settings).items()
+        return nn.Sequential(OrderedDict((name, _convs.new_conv(half)) for name, half in halves))
 
     def init_(self, module: nn.Module, original: Original, settings: Any) -> None:
-        """Set the best pair of each group, by truncated SVD of the kernel or on the statistics, scale shared evenly.
-
-        With statistics the bias gives the output its target mean.
-        """
+        """Set the best pair of each group, by truncated SVD or on statistics, with the bias for their target mean."""
         (reduce, expand), (first, second, bias_O) = module.children(), solve(original, settings)
         _convs.copy_(reduce, first, None)
         _convs.copy_(expand, second, bias_O)
@@ -168,7 +155,7 @@ class Pair(Replacement):
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d | None:
         """Return one conv of the original fields, its kernel the product of the pair's, with the pair's bias."""
         first, second = (cast(nn.Conv2d, half) for half in module.children())
-        return merge(conv, settings, first.weight.detach().to(torch.float64), second, second.bias)
+        return merge(conv, _convs.float64(first.weight), second, second.bias)
 
 
 def full_rank(conv: ConvSpec, form: SettledPair) -> int:
@@ -183,18 +170,19 @@ def solve(original: Original, settings: SettledPair) -> tuple[Tensor, Tensor, Te
     kernel = cast(Size, conv.kernel_size)
     if statistics is None:
         factors = svd.factors(svd.as_matrix(conv.weight, conv.groups, vertical_first), settings.rank)
-        first, second = svd.as_kernels(*factors, kernel, vertical_first)
-        return first, second, conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-    factors = covariance.factors(covariance.arrange(statistics, kernel, vertical_first), settings.rank)
+    else:
+        factors = covariance.factors(covariance.arrange(statistics, kernel, vertical_first), settings.rank)
     first, second = svd.as_kernels(*factors, kernel, vertical_first)
-    product = svd.compose(first, second, conv.groups, vertical_first).flatten(1)
-    return first, second, statistics.bias_of(product.unflatten(0, (conv.groups, -1)))
+    if statistics is None:
+        return first, second, conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+    product_GOD = svd.compose(first, second, conv.groups).flatten(1).unflatten(0, (conv.groups, -1))
+    return first, second, statistics.bias_of(product_GOD)
 
 
-def merge(conv: ConvSpec, settings: SettledPair, first: Tensor, second: nn.Conv2d, bias_O: Tensor | None) -> nn.Conv2d:
+def merge(conv: ConvSpec, first: Tensor, second: nn.Conv2d, bias_O: Tensor | None) -> nn.Conv2d:
     """Return the conv of these fields whose kernel is the product of a weight in float64 and a second conv's."""
-    kernel = svd.compose(first, second.weight.detach().to(torch.float64), conv.groups, settings.vertical_first)
-    return _convs.conv_of(conv, kernel, None if bias_O is None else bias_O.detach(), second.weight)
+    kernel = svd.compose(first, _convs.float64(second.weight), conv.groups)
+    return _convs.conv_of(conv, kernel, bias_O, second.weight)
 
 
 def _left(energy_GK: Tensor) -> list[float]:

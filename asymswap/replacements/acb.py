@@ -11,12 +11,8 @@ from asymswap.replacements.branches import Branches, NormSettings
 from asymswap.types import ConvSpec
 
 
-class Settings(NormSettings):
-    """Which batch norms the block holds."""
-
-
 class AsymmetricConvBlock(Branches):
-    settings = Settings
+    settings = NormSettings
     PRESERVES = "exact in eval mode; fuses back to one k x k conv"
 
     def unsupported(self, conv: ConvSpec) -> str | None:

@@ -34,10 +34,9 @@ def loss(error: float, nats: float | None = None) -> float:
     """Return what a layer's relative squared error costs the network: by this a budget compares layers, sizes, kinds.
 
     The error counts as minus the logarithm of the energy that is kept. Summed over layers that is the product of what
-    each keeps (Zhang, Zou, He and Sun, 2015, section 3.4); small errors count as they are, and no layer is ruined to
-    save cost, as sums of errors would allow. Where the divergence of the prediction, in nats, is known, the cost is
-    the geometric mean of both, which ranks layers better than either does (docs/results/calibration-experiments.md). It
-    is K-FAC's estimate: half the error as `SiteStatistics.output_weight` weights it.
+    each keeps (Zhang, Zou, He and Sun, 2015, section 3.4): small errors count as they are, and no layer is ruined to
+    save cost. With the divergence of the prediction, in nats (K-FAC's: half the error as `SiteStatistics.output_weight`
+    weights it), it is the geometric mean of both, which ranks layers better (docs/results/calibration-experiments.md).
     """
     lost = -math.log1p(-min(error, 1 - 1e-12))
     return lost if nats is None else math.sqrt(lost * nats)

@@ -19,24 +19,19 @@ Branches start without effect but with a gradient of the usual size, or take the
 - `start = "nothing"`, `bn = "shared"`: weights of zero, of two convs in a row the second's. They get the full gradient.
 - `start = "nothing"`, `bn = "branch"`: taps copied from the kernel, behind a batch norm of weight zero, which gets its
   gradient first. Behind zeros a batch norm would divide by sqrt(eps), and make the first gradient 300 times too large.
-- `start = "share"`: each branch takes one part in (branches + 1) of what it can hold of the kernel, and the conv beside
-  them keeps the rest.
+- `start = "share"`: each takes one part in (branches + 1) of what it can hold of the kernel; the conv keeps the rest.
 
 With `bn = "branch"` the conv beside them takes over a batch norm that follows, so that the block does in eval mode (and
 from nothing in train mode too) what conv and batch norm did. The running statistics of the branches are what they would
 have been: from calibration exactly, as far as they lie inside the kernel, else as if the conv's inputs were white.
 """
 
-from __future__ import annotations
-
 import math
-import operator
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
@@ -76,7 +71,7 @@ class NormSettings(GrowingSettings):
     """Momentum of their running statistics, `cumulative` for torch's None; likewise."""
 
     @model_validator(mode="after")
-    def _norms_have_constants(self) -> NormSettings:
+    def _norms_have_constants(self) -> Self:
         given = [name for name in ("eps", "momentum") if name in self.model_fields_set]
         if given and self.bn == "shared":
             raise ValueError(f'only bn = "branch" has batch norms to give {" and ".join(given)} to')
@@ -98,7 +93,7 @@ class Settings(NormSettings):
     """Channels between the two convs of `pair`, of each group."""
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Settings:
+    def _names_are_known(self) -> Self:
         names = [name.removesuffix("?") for name in self.branches]
         for name in names:
             size = re.fullmatch(r"(\d+)x(\d+)", name)
@@ -130,12 +125,15 @@ class FixedFilter(nn.Module):
         self.register_buffer("taps", taps.to(getattr(torch, conv.dtype)), persistent=False)
         self.scale = nn.Parameter(torch.ones(conv.out_channels, 1, 1, dtype=self.taps.dtype)) if scaled else None
 
+    def kernel(self) -> Tensor:
+        """Return the scaled taps (O, 1, H, W)."""
+        taps = self.taps.expand(self.conv.out_channels, 1, -1, -1)
+        return taps if self.scale is None else taps * self.scale[:, None]
+
     def forward(self, input: Tensor) -> Tensor:
         conv, mode = self.conv, self.conv.padding_mode
         padded = F.pad(input, conv.pads, mode="constant" if mode == "zeros" else mode)
-        weight = self.taps.expand(conv.out_channels, 1, -1, -1)
-        output = F.conv2d(padded, weight, None, conv.stride, 0, conv.dilation, conv.out_channels)
-        return output if self.scale is None else output * self.scale
+        return F.conv2d(padded, self.kernel(), None, conv.stride, 0, conv.dilation, conv.out_channels)
 
 
 @dataclass(frozen=True)
@@ -149,25 +147,27 @@ class Branch:
     crop: Size
     taps: Tensor | None = None  # of a fixed filter, which is the last part
 
-    def build(self) -> list[nn.Module]:
+    def build(self, settings: NormSettings) -> nn.Sequential:
+        """Return `conv` or `first` and `conv`, and maybe `norm`."""
         made: list[nn.Module] = [_convs.new_conv(part) for part in self.parts]
         if self.taps is not None:
             made[-1] = FixedFilter(self.parts[-1], self.taps, scaled=self.name in _EDGES)
-        return made
+        if settings.bn == "branch":
+            last, momentum = self.parts[-1], None if settings.momentum == "cumulative" else settings.momentum
+            made.append(nn.BatchNorm2d(last.out_channels, settings.eps, momentum, dtype=getattr(torch, last.dtype)))
+        names = ("first", "conv", "norm") if len(self.parts) > 1 else ("conv", "norm")
+        return nn.Sequential(OrderedDict(zip(names, made, strict=False)))
 
 
 def _branch(name: str, conv: ConvSpec, rank: int) -> Branch | str:
     """Return a branch at a conv, or the reason why the conv cannot have it."""
-    kernel, dilation, taps = conv.kernel, conv.dilation, None
-    size = re.fullmatch(r"\d+x\d+", name)
-    if size is not None or name in ("vertical", "horizontal"):
-        kernel = {"vertical": (kernel[0], 1), "horizontal": (1, kernel[1])}.get(name) or as_size(name)
-    elif name == "identity":
-        kernel = (1, 1)
-    elif name == "dilated":
+    sizes = {"vertical": (conv.kernel[0], 1), "horizontal": (1, conv.kernel[1]), "identity": (1, 1)}
+    sizes |= dict.fromkeys(_EDGES, (3, 3)) | dict.fromkeys(("dilated", "1x1-kxk", "avg", "pair"), conv.kernel)
+    kernel, dilation, taps = sizes.get(name) or as_size(name), conv.dilation, None
+    if name == "dilated":
         dilation = (2 * dilation[0], 2 * dilation[1])
     elif name in _EDGES:
-        kernel, taps = (3, 3), torch.tensor(_EDGES[name])
+        taps = torch.tensor(_EDGES[name])
     elif name == "avg":
         taps = torch.full(kernel, 1 / math.prod(kernel), dtype=torch.float64)
     if any(side % 2 == 0 for side in kernel):
@@ -180,56 +180,28 @@ def _branch(name: str, conv: ConvSpec, rank: int) -> Branch | str:
         return "a 1x1 kernel has no taps apart"
     if name in _EDGES and (conv.kernel[0] < 3 or conv.kernel[1] < 3):
         return f"a filter of 3x3 is larger than a kernel of {'x'.join(map(str, conv.kernel))}"
-    # The same middle: what the branch lacks or has more of its sides is padding.
-    padding, crop = conv.padding, (0, 0)
-    if padding != "same":
-        own = (0, 0) if isinstance(padding, str) else padding
-        axes = zip(own, dilation, kernel, conv.dilation, conv.kernel, strict=True)
-        rows, columns = (p + (d * (k - 1) - e * (n - 1)) // 2 for p, d, k, e, n in axes)
-        padding, crop = (max(rows, 0), max(columns, 0)), (max(-rows, 0), max(-columns, 0))
-    whole = replace(conv, kernel=kernel, dilation=dilation, padding=padding, bias=False)
-    inside: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "kernel": (1, 1)}
+    whole, crop = _convs.centred(replace(conv, bias=False), kernel, dilation)
+    first = replace(whole, kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
     parts: tuple[ConvSpec, ...] = (whole,)
     if name == "identity":
         parts = (replace(whole, groups=conv.in_channels),)
     elif name == "1x1-kxk":
-        parts = replace(whole, out_channels=conv.in_channels, **inside), whole
+        parts = replace(first, out_channels=conv.in_channels), whole
     elif taps is not None:
-        fixed = replace(whole, in_channels=conv.out_channels, groups=conv.out_channels)
-        parts = replace(whole, **inside), fixed
+        parts = first, replace(whole, in_channels=conv.out_channels, groups=conv.out_channels)
     elif name == "pair":
         middle = conv.groups * min(rank, conv.group_in * kernel[0], conv.group_out * kernel[1])
-        down = replace(whole, kernel=(kernel[0], 1), stride=(conv.stride[0], 1), dilation=(dilation[0], 1))
-        across = replace(whole, kernel=(1, kernel[1]), stride=(1, conv.stride[1]), dilation=(1, dilation[1]))
-        if not isinstance(padding, str):
-            down, across = replace(down, padding=(padding[0], 0)), replace(across, padding=(0, padding[1]))
+        down, across = _convs.half(whole, vertical=True), _convs.half(whole, vertical=False)
         parts = replace(down, out_channels=middle), replace(across, in_channels=middle)
     return Branch(name, parts, kernel, dilation, crop, taps)
 
 
-class BranchSum(nn.Module):
-    """The sum of `square` and of branches by name, input (N, C, H, W) or (C, H, W); no input without N behind norms.
+class BranchSum(_convs.CroppedSum):
+    """The sum of `square`, the conv itself, and of branches by name; no input without N behind norms."""
 
-    `crops` is how many (rows, columns) are cut from each side of the input of a branch.
-    """
-
-    def __init__(self, conv: ConvSpec, square: nn.Module, branches: Sequence[tuple[Branch, nn.Module]]) -> None:
-        super().__init__()
-        self.conv, self.branches, self.square = conv, [branch for branch, _ in branches], square
-        for branch, module in branches:
-            self.add_module(branch.name, module)
-        self.crops = {branch.name: branch.crop for branch, _ in branches if any(branch.crop)}
-
-    def forward(self, input: Tensor) -> Tensor:
-        outputs: list[Tensor] = []
-        for name, branch in self.named_children():
-            rows, columns = self.crops.get(name, (0, 0))
-            seen = input[..., rows : input.shape[-2] - rows, columns : input.shape[-1] - columns]
-            outputs.append(branch(seen if rows or columns else input))
-        return reduce(operator.add, outputs)
-
-    def extra_repr(self) -> str:
-        return f"crops={self.crops}" if self.crops else ""
+    def __init__(self, branches: Sequence[Branch], settings: NormSettings) -> None:
+        super().__init__({branch.name: (branch.build(settings), branch.crop) for branch in branches})
+        self.branches = branches
 
 
 class Branches(Replacement):
@@ -241,13 +213,14 @@ class Branches(Replacement):
         return _expanded(settings.branches)
 
     def at(self, conv: ConvSpec, settings: Any) -> list[Branch]:
-        """Return the branches of settled settings; raise RecipeError for one that the conv cannot have."""
-        found = []
+        """Return the conv as `square` and the branches that it can have; RecipeError where it lacks one without `?`."""
+        found = [Branch("square", (conv,), conv.kernel, conv.dilation, (0, 0))]
         for name in self.listed(settings):
-            branch = _branch(name, conv, getattr(settings, "rank", 1))
-            if isinstance(branch, str):
+            branch = _branch(name.removesuffix("?"), conv, getattr(settings, "rank", 1))
+            if isinstance(branch, Branch):
+                found.append(branch)
+            elif not name.endswith("?"):
                 raise RecipeError(f"branch {name!r}: {branch}")
-            found.append(branch)
         return found
 
     def unsupported(self, conv: ConvSpec) -> str | None:
@@ -260,28 +233,20 @@ class Branches(Replacement):
         return settings.bn == "shared" or conv.dtype in ("float32", "float64")
 
     def cost(self, site: Site, settings: Any) -> Cost:
-        branches = self.at(site.conv, settings)
-        macs, params = 0, 0
-        for branch in branches:
-            params += sum(part.params for part in branch.parts)
-            if branch.taps is not None:
-                params += (branch.name in _EDGES) * site.conv.out_channels - branch.parts[-1].params
+        macs, params, channels = 0, 0, site.conv.out_channels
+        for branch in self.at(site.conv, settings):
+            trained = branch.parts if branch.taps is None else branch.parts[:-1]
+            params += sum(part.params for part in trained) + channels * (branch.name in _EDGES)
+            params += 2 * channels * (settings.bn == "branch")
             for call in site.calls:
                 size = call.input[0] - 2 * branch.crop[0], call.input[1] - 2 * branch.crop[1]
                 for part in branch.parts:
                     size = part.output(size)
                     macs += call.batch * math.prod(size) * part.macs_per_pixel()
-        norms = 2 * (len(branches) + 1) * site.conv.out_channels if settings.bn == "branch" else 0
-        return site.cost + Cost(macs, params + norms)
+        return Cost(macs, params)
 
     def resolve(self, site: Site, original: Original, settings: Any) -> Option:
-        kept: list[str] = []
-        for name in self.listed(settings):
-            branch = _branch(name.removesuffix("?"), site.conv, getattr(settings, "rank", 1))
-            if isinstance(branch, Branch):
-                kept.append(branch.name)
-            elif not name.endswith("?"):
-                raise RecipeError(f"branch {name!r}: {branch}")
+        _, *kept = (branch.name for branch in self.at(site.conv, settings))
         if not kept:
             raise RecipeError("the conv can have none of these branches")
         stored = {"bn", "eps", "momentum"} if settings.bn == "branch" else {"bn"}
@@ -290,34 +255,20 @@ class Branches(Replacement):
         listed = {"branches": tuple(kept)} if "branches" in type(settings).model_fields else {}
         return self.option(site, type(settings)(**listed, **settings.model_dump(include=stored)))
 
-    def fold_norm(self, settings: Any, norm: nn.Module) -> NormSettings | None:
+    def fold_norm(self, settings: NormSettings, norm: nn.Module) -> NormSettings | None:
         """Return the settings with the constants of a batch norm, or None where it cannot be taken over.
 
-        It cannot with `bn = "shared"`, and where the module is something else (an InstanceNorm2d counts as batch_norm
-        too), has hooks or attributes of the user's, or keeps no running statistics.
+        An InstanceNorm2d, which counts as batch_norm too, cannot, nor one with additions or no running statistics.
         """
         if settings.bn == "shared" or type(norm) is not nn.BatchNorm2d:
             return None
         if norm.running_mean is None or norm.running_var is None or additions(norm, nn.BatchNorm2d(1, device="meta")):
             return None
         momentum = "cumulative" if norm.momentum is None else norm.momentum
-        updated: NormSettings = settings.model_copy(update={"eps": norm.eps, "momentum": momentum})
-        return updated
+        return settings.model_copy(update={"eps": norm.eps, "momentum": momentum})
 
     def build(self, conv: ConvSpec, settings: Any) -> BranchSum:
-        """Return a block of `square` (with the bias) and the branches by name: `conv`, or several, and maybe `norm`."""
-        momentum = None if settings.momentum == "cumulative" else settings.momentum
-
-        def built(parts: Sequence[nn.Module]) -> nn.Sequential:
-            names = ["conv"] if len(parts) == 1 else ["first", "conv"]
-            layers = OrderedDict[str, nn.Module](zip(names, parts, strict=True))
-            if settings.bn == "branch":
-                dtype = getattr(torch, conv.dtype)
-                layers["norm"] = nn.BatchNorm2d(conv.out_channels, eps=settings.eps, momentum=momentum, dtype=dtype)
-            return nn.Sequential(layers)
-
-        branches = self.at(conv, settings)
-        return BranchSum(conv, built([_convs.new_conv(conv)]), [(one, built(one.build())) for one in branches])
+        return BranchSum(self.at(conv, settings), settings)
 
     def init_(self, module: nn.Module, original: Original, settings: Any) -> None:
         """Make the branches and the conv beside them compute what conv and batch norm did, in eval mode.
@@ -330,50 +281,39 @@ class Branches(Replacement):
         if norm is not None and self.fold_norm(settings, norm) is None:
             what = f"a {type(norm).__name__} with hooks or no running statistics"
             raise PlanError(f"kind {self.name!r} cannot take over {what}")
-        block, spec, branches = cast(Any, module), cast(Any, module).conv, cast(Any, module).branches
-        shares = getattr(settings, "start", "nothing") == "share"
-        normed, weight_OIHW = settings.bn == "branch", _float64(conv.weight)
-        left_OIHW, scale_O = weight_OIHW.clone(), torch.ones(())
-        with torch.no_grad():
-            if norm is not None:
-                scale_O = (1 if norm.weight is None else _float64(norm.weight)) / _deviation(norm, norm.eps)
-            for branch in branches:
-                part = 1 / (len(branches) + 1) if shares else 1.0
-                own = getattr(block, branch.name)
-                _set_(branch, own, part * weight_OIHW, spec.groups, empty=not (shares or normed))
-                kernel_OIHW = _inside(_kernel(branch, own, spec.groups), branch, spec)
-                if normed:
-                    _convs.set_neutral_(own.norm, *_moments(kernel_OIHW, conv, original))
-                    factor = torch.as_tensor(scale_O if shares else 0.0).to(own.norm.weight)
-                    own.norm.weight.mul_(factor)
-                    own.norm.bias.mul_(factor)
-                    if norm is not None:
-                        cast(Tensor, own.norm.num_batches_tracked).copy_(cast(Tensor, norm.num_batches_tracked))
-                left_OIHW -= kernel_OIHW if shares else 0.0
-            _convs.copy_(block.square.conv, left_OIHW if shares else conv.weight, conv.bias)
+        scale_O, shift_O = (torch.ones(()), torch.zeros(())) if norm is None else _convs.affine(norm)
+        square, *branches = cast(BranchSum, module).branches
+        shares, normed = getattr(settings, "start", "nothing") == "share", settings.bn == "branch"
+        weight_OIHW = left_OIHW = _convs.float64(conv.weight)
+        part = 1 / (len(branches) + 1) if shares else 1.0
+        for branch in branches:
+            own: Any = module.get_submodule(branch.name)
+            held = _held(branch, part * weight_OIHW, square)
+            if not (shares or normed):
+                held[-1] = 0 * held[-1]
+            for parameter in own.parameters():
+                nn.init.ones_(parameter)  # the scale of a filter stays so
+            for layer, weight in zip(own, held, strict=False):
+                _convs.copy_(layer, weight, None)
+            kernel_OIHW = _convs.placed(_kernel(own, conv.groups), square.kernel, (branch.dilation, square.dilation))
             if normed:
-                self._set_norm_(block.square, left_OIHW, original, scale_O)
-
-    def _set_norm_(self, square: Any, kernel_OIHW: Tensor, original: Original, scale_O: Any) -> None:
-        """Set the batch norm of the conv beside the branches: that which is taken over, or one that does nothing."""
-        conv, norm, own = original.conv, original.norm, square.norm
-        if norm is not None and torch.equal(kernel_OIHW, _float64(conv.weight)):
-            for own_buffer, buffer in zip(own.buffers(), norm.buffers(), strict=True):
-                own_buffer.copy_(buffer)
-            # Where `eps` is not that of the norm, the scale in eval mode is still that of the norm.
-            weight_O = (1 if norm.weight is None else _float64(norm.weight)) * _deviation(norm, own.eps)
-            _convs.copy_(own, weight_O / _deviation(norm, norm.eps), norm.bias)
-            return
-        mean_O, variance_O = _moments(kernel_OIHW, conv, original)
-        # Without calibration statistics we assume zero mean, bias or not.
-        if conv.bias is not None and (original.statistics is not None or norm is not None):
-            mean_O = mean_O + _float64(conv.bias)
-        _convs.set_neutral_(own, mean_O, variance_O)
+                _convs.set_norm_(own.norm, *_moments(kernel_OIHW, original), scale_O if shares else 0.0)
+            if shares:
+                left_OIHW = left_OIHW - kernel_OIHW
+        own = module.get_submodule("square")
+        _convs.copy_(own.conv, left_OIHW, conv.bias)
+        if normed:
+            mean_O, variance_O = _moments(left_OIHW, original)
+            if norm is not None and torch.equal(left_OIHW, weight_OIHW):
+                mean_O, variance_O = _convs.float64(norm.running_mean), _convs.float64(norm.running_var)
+            # Without calibration statistics we assume zero mean, bias or not.
+            elif conv.bias is not None and (original.statistics is not None or norm is not None):
+                mean_O = mean_O + _convs.float64(conv.bias)
+            _convs.set_norm_(own.norm, mean_O, variance_O, scale_O, shift_O)
         if norm is not None:
-            shift_O = (0.0 if norm.bias is None else _float64(norm.bias)) - scale_O * _float64(norm.running_mean)
-            own.bias.copy_(scale_O * _float64(own.bias) + shift_O)
-            own.weight.copy_(scale_O * _float64(own.weight))
-            own.num_batches_tracked.copy_(norm.num_batches_tracked)
+            for name, buffer in module.named_buffers():
+                if name.endswith("num_batches_tracked"):
+                    buffer.copy_(cast(Tensor, norm.num_batches_tracked))
 
     def added(self, module: nn.Module) -> Sequence[str]:
         """Return the branches: the conv beside them was there."""
@@ -381,132 +321,64 @@ class Branches(Replacement):
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Any) -> nn.Conv2d:
         """Return one conv: of the original fields, or larger as the branches are, with a bias where one is made."""
-        block = cast(Any, module)
-        kernels = [(_kernel(None, block.square, conv.groups), conv.kernel, conv.dilation, block.square)]
-        for one in block.branches:
-            own = getattr(block, one.name)
-            kernels.append((_kernel(one, own, conv.groups), one.kernel, one.dilation, own))
-        # Per axis: how far the taps reach from the middle, and the largest step that all of them keep.
-        every = [(size, step) for _, size, step, _ in kernels]
-        reach = tuple(max(step[axis] * (size[axis] - 1) // 2 for size, step in every) for axis in (0, 1))
-        steps = [math.gcd(*(step[axis] for size, step in every if size[axis] > 1)) or 1 for axis in (0, 1)]
-        sides = tuple(2 * far // step + 1 for far, step in zip(reach, steps, strict=True))
-        like = block.square.conv.weight
-        kernel_OIHW = like.new_zeros(*like.shape[:2], *sides, dtype=torch.float64)
-        bias_O = like.new_zeros(len(like), dtype=torch.float64)
-        for weight, size, step, own in kernels:
-            bias = getattr(own.conv, "bias", None)
-            shift_O = 0.0 if bias is None else bias.detach().to(torch.float64)
+        branches = cast(BranchSum, module).branches
+        # Per axis: the largest step that all taps keep (a single tap has none), and how many taps that makes.
+        steps, sides = list(conv.dilation), [1, 1]
+        for axis in (0, 1):
+            every = [(one.kernel[axis], one.dilation[axis]) for one in branches if one.kernel[axis] > 1]
+            if every:
+                steps[axis] = math.gcd(*(step for _, step in every))
+                sides[axis] = max(step * (taps - 1) for taps, step in every) // steps[axis] + 1
+        kernel, dilation = (sides[0], sides[1]), (steps[0], steps[1])
+        kernel_OIHW = torch.zeros(conv.out_channels, conv.group_in, *kernel, dtype=torch.float64)
+        bias_O = torch.zeros(conv.out_channels, dtype=torch.float64)
+        for branch in branches:
+            own: Any = module.get_submodule(branch.name)
+            weight_OIHW, bias = _kernel(own, conv.groups), getattr(own.conv, "bias", None)
+            shift_O = 0.0 if bias is None else _convs.float64(bias)
             if settings.bn == "branch":
                 scale_O, moved_O = _convs.affine(own.norm)
-                weight, shift_O = weight * scale_O[:, None, None, None], shift_O * scale_O + moved_O
-            rows, columns = (
-                slice((far - d * (k - 1) // 2) // s, (far + d * (k - 1) // 2) // s + 1, max(d // s, 1))
-                for far, d, k, s in zip(reach, step, size, steps, strict=True)
-            )
-            kernel_OIHW[:, :, rows, columns] += weight
+                weight_OIHW, shift_O = weight_OIHW * scale_O[:, None, None, None], shift_O * scale_O + moved_O
+            kernel_OIHW += _convs.placed(weight_OIHW, kernel, (branch.dilation, dilation))
             bias_O += shift_O
-        padding, own = conv.padding, (0, 0) if isinstance(conv.padding, str) else conv.padding
-        beyond = [far - d * (k - 1) // 2 for far, d, k in zip(reach, conv.dilation, conv.kernel, strict=True)]
-        if padding != "same" and any(beyond):
-            padding = own[0] + beyond[0], own[1] + beyond[1]
-        # Of a single tap the dilation says nothing: it stays the conv's own.
-        dilation = tuple(step if side > 1 else own for step, side, own in zip(steps, sides, conv.dilation, strict=True))
-        fields = replace(conv, padding=padding, dilation=cast(Size, dilation))
+        fields, _ = _convs.centred(conv, kernel, dilation)
         bias = bias_O if conv.bias or settings.bn == "branch" else None
-        return _convs.conv_of(fields, kernel_OIHW, bias, like=like)
+        return _convs.conv_of(fields, kernel_OIHW, bias, like=cast(Any, module).square.conv.weight)
 
 
-def _kernel(branch: Branch | None, own: Any, groups: int) -> Tensor:
-    """Return the taps (O, I, H, W) in float64 of a branch without its norm, None for the conv beside the branches."""
-    last = own.conv
-    if isinstance(last, FixedFilter):
-        scale = 1.0 if last.scale is None else last.scale.detach().to(torch.float64)[:, None]
-        found: Tensor = own.first.weight.detach().to(torch.float64) * last.taps.to(torch.float64) * scale
-        return found
-    weight: Tensor = last.weight.detach().to(torch.float64)
-    if branch is None or len(branch.parts) == 1:
-        if last.groups == groups:
-            return weight
+def _kernel(own: Any, groups: int) -> Tensor:
+    """Return the taps (O, I, H, W) in float64 of a branch without its norm."""
+    if isinstance(own.conv, FixedFilter):
+        return _convs.float64(own.first.weight) * _convs.float64(own.conv.kernel())
+    weight = _convs.float64(own.conv.weight)
+    if own.conv.groups != groups:
         # An identity: in each group, channel by channel.
-        eye_OI = torch.eye(last.out_channels // groups, dtype=torch.float64, device=weight.device).repeat(groups, 1)
-        return weight * eye_OI[:, :, None, None]
-    first = own.first.weight.detach().to(torch.float64)
-    if branch.name == "pair":
-        return svd.compose(first, weight, groups, vertical_first=True)
-    by_group = first[:, :, 0, 0].unflatten(0, (groups, -1))
-    return torch.einsum("gomhw,gmi->goihw", weight.unflatten(0, (groups, -1)), by_group).flatten(0, 1)
+        return weight * nn.init.dirac_(weight.new_empty(len(weight), len(weight) // groups, 1, 1), groups)
+    return svd.compose(_convs.float64(own.first.weight), weight, groups) if hasattr(own, "first") else weight
 
 
-def _set_(branch: Branch, own: Any, weight_OIHW: Tensor, groups: int, empty: bool) -> None:
-    """Give a branch what it can hold of a kernel; with `empty` nothing, where it is trained first."""
-    taps = branch.taps
-    if taps is not None:
-        # Onto the filter: the multiple that is nearest, on the taps that both have.
-        rows, columns = (min(a, b) for a, b in zip(taps.shape, weight_OIHW.shape[2:], strict=True))
-        near = _middle(weight_OIHW, (rows, columns))
-        filter_HW = _middle(taps[None, None].to(near), (rows, columns))
-        first = (near * filter_HW).sum((2, 3)) / filter_HW.square().sum().clamp_min(1e-12)
-        own.first.weight.copy_(0 * first[:, :, None, None] if empty else first[:, :, None, None])
-        if own.conv.scale is not None:
-            nn.init.ones_(own.conv.scale)
-        return
+def _held(branch: Branch, weight_OIHW: Tensor, square: Branch) -> list[Tensor]:
+    """Return the weights, in run order, with which a branch computes what it can of a kernel of the conv itself."""
+    conv = square.parts[0]
+    if branch.taps is not None:
+        # Onto the filter: the multiple that is nearest.
+        near_OIHW, filter_HW = _convs.placed(weight_OIHW, branch.kernel), branch.taps.to(weight_OIHW)
+        return [(near_OIHW * filter_HW).sum((2, 3), keepdim=True) / filter_HW.square().sum()]
     if branch.name == "pair":
-        rank = own.first.out_channels // groups
-        factors = svd.factors(svd.as_matrix(weight_OIHW, groups, vertical_first=True), rank)
-        first, second = svd.as_kernels(*factors, cast(Size, tuple(weight_OIHW.shape[2:])), vertical_first=True)
-        own.first.weight.copy_(first)
-        own.conv.weight.copy_(0 * second if empty else second)
-        return
+        rank = branch.parts[0].out_channels // conv.groups
+        factors = svd.factors(svd.as_matrix(weight_OIHW, conv.groups, vertical_first=True), rank)
+        return [*svd.as_kernels(*factors, conv.kernel, vertical_first=True)]
     if branch.name == "1x1-kxk":
-        channels = own.first.in_channels // groups
-        own.first.weight.copy_(torch.eye(channels).repeat(groups, 1)[:, :, None, None])
-        own.conv.weight.copy_(0 * weight_OIHW if empty else weight_OIHW)
-        return
+        first = weight_OIHW.new_empty(conv.in_channels, conv.group_in, 1, 1)
+        return [nn.init.dirac_(first, conv.groups), weight_OIHW]
     if branch.name == "identity":
-        group_of = torch.arange(len(weight_OIHW)) % weight_OIHW.shape[1]
-        middle = weight_OIHW.shape[2] // 2, weight_OIHW.shape[3] // 2
-        taken = weight_OIHW[torch.arange(len(weight_OIHW)), group_of, middle[0], middle[1]]
-        own.conv.weight.copy_(0 * taken[:, None, None, None] if empty else taken[:, None, None, None])
-        return
-    target = own.conv.weight
-    nn.init.zeros_(target)
-    if not empty:
-        taken = weight_OIHW
-        if branch.name == "dilated":
-            # The two have the middle, and every second tap from it, in common.
-            top, left = (side // 2 % 2 for side in taken.shape[2:])
-            taken = taken[:, :, top::2, left::2]
-        if target.shape[3] == 1 and taken.shape[3] > 1:
-            taken = _strongest_column(taken)
-        if target.shape[2] == 1 and taken.shape[2] > 1:
-            taken = _strongest_column(taken.mT).mT
-        size = cast(Size, tuple(min(a, b) for a, b in zip(target.shape[2:], taken.shape[2:], strict=True)))
-        _middle(target, size).copy_(_middle(taken, size))
-
-
-def _middle(w_OIHW: Tensor, size: Size) -> Tensor:
-    """Return the middle of a kernel, a view."""
-    rows, columns = ((whole - own) // 2 for whole, own in zip(w_OIHW.shape[2:], size, strict=True))
-    return w_OIHW[:, :, rows : rows + size[0], columns : columns + size[1]]
-
-
-def _inside(kernel_OIHW: Tensor, branch: Branch, conv: ConvSpec) -> Tensor:
-    """Return a branch's taps as a kernel of the conv's size and dilation; those beside it are left out."""
-    found = kernel_OIHW.new_zeros(*kernel_OIHW.shape[:2], *conv.kernel)
-    for i, j in ((i, j) for i in range(branch.kernel[0]) for j in range(branch.kernel[1])):
-        offsets = [d * (at - k // 2) for at, d, k in zip((i, j), branch.dilation, branch.kernel, strict=True)]
-        places = [
-            off // d + k // 2 if off % d == 0 else -1
-            for off, d, k in zip(offsets, conv.dilation, conv.kernel, strict=True)
-        ]
-        if all(0 <= place < side for place, side in zip(places, conv.kernel, strict=True)):
-            found[:, :, places[0], places[1]] += kernel_OIHW[:, :, i, j]
-    return found
-
-
-def _deviation(norm: nn.BatchNorm2d, eps: float) -> Tensor:
-    return (_float64(norm.running_var) + eps).sqrt()
+        channels = nn.init.dirac_(torch.zeros_like(weight_OIHW), conv.groups)
+        return [(weight_OIHW * channels).sum((1, 2, 3), keepdim=True)]
+    if branch.kernel[1] == 1:
+        weight_OIHW = _strongest_column(weight_OIHW)
+    if branch.kernel[0] == 1:
+        weight_OIHW = _strongest_column(weight_OIHW.mT).mT
+    return [_convs.placed(weight_OIHW, branch.kernel, (conv.dilation, branch.dilation))]
 
 
 def _strongest_column(w_OIHW: Tensor) -> Tensor:
@@ -521,13 +393,13 @@ def _strongest_column(w_OIHW: Tensor) -> Tensor:
     return w_OIHW[torch.arange(len(w_OIHW), device=w_OIHW.device), ..., chosen][..., None]
 
 
-def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[Tensor, Tensor]:
+def _moments(kernel_OIHW: Tensor, original: Original) -> tuple[Tensor, Tensor]:
     """Return mean and variance (O) of the output of a kernel in the place of the conv's own, without its bias.
 
-    Without statistics we assume white inputs that explain the batch norm's: the variance goes with the kernel's squared
-    norm, the mean with its part along the conv's kernel. With neither, outputs that are normal already.
+    Without statistics, for white inputs that explain the batch norm's: the variance goes with the kernel's squared
+    norm, the mean with its part along the conv's kernel. With neither, for outputs that are normal already.
     """
-    statistics, norm, kernel = original.statistics, original.norm, _float64(kernel_OIHW).flatten(1)
+    conv, statistics, norm, kernel = original.conv, original.statistics, original.norm, kernel_OIHW.flatten(1)
     if statistics is not None:
         kernel_GOD = kernel.unflatten(0, (conv.groups, -1)).to(statistics.mean_GD)
         mean_GO = torch.einsum("god,gd->go", kernel_GOD, statistics.mean_GD)
@@ -535,12 +407,8 @@ def _moments(kernel_OIHW: Tensor, conv: nn.Conv2d, original: Original) -> tuple[
         return mean_GO.flatten().cpu(), variance_GO.flatten().clamp_min(0.0).cpu()
     if norm is None:
         return torch.zeros_like(kernel[:, 0]), torch.ones_like(kernel[:, 0])
-    own = _float64(conv.weight).flatten(1)
-    mean_O = _float64(norm.running_mean) - (0.0 if conv.bias is None else _float64(conv.bias))
+    own = _convs.float64(conv.weight).flatten(1)
+    mean_O = _convs.float64(norm.running_mean) - (0.0 if conv.bias is None else _convs.float64(conv.bias))
     whole_O = own.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
     along_O, share_O = (kernel * own).sum(1) / whole_O, kernel.square().sum(1) / whole_O
-    return along_O * mean_O, share_O * _float64(norm.running_var)
-
-
-def _float64(tensor: Tensor | None) -> Tensor:
-    return cast(Tensor, tensor).detach().to("cpu", torch.float64)
+    return along_O * mean_O, share_O * _convs.float64(norm.running_var)

@@ -8,7 +8,6 @@ shrinks across the strip. The centre tap is in both, half of it each. Mathematic
 from dataclasses import replace
 from typing import Annotated, cast
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ class Settings(KindSettings):
     """Of neighbouring input pixels, assumed without calibration; 0 copies the centre row and column."""
 
 
-class CrossConv2d(_convs.StripSum):
+class CrossConv2d(_convs.CroppedSum):
     """The sum of a vertical conv, which has the bias, and a horizontal one."""
 
 
@@ -41,7 +40,7 @@ class Cross(Replacement):
         return False  # the taps off the cross are lost
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        vertical, horizontal, _ = _convs.strip_convs(site.conv, site.conv.bias or settings.bias)
+        (vertical, _), (horizontal, _) = _strips(site.conv, settings)
         return replace(site, conv=vertical).cost + replace(site, conv=horizontal).cost
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
@@ -54,16 +53,17 @@ class Cross(Replacement):
         return self.option(site, Settings(**bias), error, cross.divergence(statistics, found))
 
     def build(self, conv: ConvSpec, settings: Settings) -> CrossConv2d:
-        vertical, horizontal, crop = _convs.strip_convs(conv, conv.bias or settings.bias)
-        return CrossConv2d(crop, _convs.new_conv(vertical), _convs.new_conv(horizontal))
+        strips = zip(("vertical", "horizontal"), _strips(conv, settings), strict=True)
+        return CrossConv2d({name: (_convs.new_conv(strip), crop) for name, (strip, crop) in strips})
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Set the best cross for the assumed inputs, or those of the statistics, which set the output's mean, too."""
         conv, statistics, (_, found) = original.conv, original.statistics, _solve(original, settings)
-        kernel = found.flatten(0, 1).unflatten(1, (-1, *cast(Size, conv.kernel_size)))
-        column, row = _convs.centre_column(kernel).clone(), _convs.centre_row(kernel).clone()
-        _convs.centre_row(column).mul_(0.5)
-        _convs.centre_column(row).mul_(0.5)
+        height, width = conv.kernel_size
+        kernel = found.flatten(0, 1).unflatten(1, (-1, height, width))
+        column, row = _convs.placed(kernel, (height, 1)), _convs.placed(kernel, (1, width))
+        column[:, :, height // 2] *= 0.5
+        row[..., width // 2] *= 0.5
         vertical, horizontal = module.children()
         _convs.copy_(vertical, column, conv.bias if statistics is None else statistics.bias_of(found))
         _convs.copy_(horizontal, row, None)
@@ -71,9 +71,14 @@ class Cross(Replacement):
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         """Return one k x k conv of the original fields, zero off the cross, with the cross's bias."""
         vertical, horizontal = (cast(nn.Conv2d, strip) for strip in module.children())
-        with torch.no_grad():
-            kernel = _convs.as_square(vertical.weight.to(torch.float64), horizontal.weight.to(torch.float64))
-        return _convs.conv_of(conv, kernel, vertical.bias, vertical.weight)
+        column, row = (_convs.placed(_convs.float64(strip.weight), conv.kernel) for strip in (vertical, horizontal))
+        return _convs.conv_of(conv, column + row, vertical.bias, vertical.weight)
+
+
+def _strips(conv: ConvSpec, settings: Settings) -> tuple[tuple[ConvSpec, Size], tuple[ConvSpec, Size]]:
+    """Return the kh x 1 conv, which has the bias, and the 1 x kw conv at the centre of a kernel, with their crops."""
+    biased, plain = replace(conv, bias=conv.bias or settings.bias), replace(conv, bias=False)
+    return _convs.centred(biased, (conv.kernel[0], 1)), _convs.centred(plain, (1, conv.kernel[1]))
 
 
 def _solve(original: Original, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -84,7 +89,7 @@ def _solve(original: Original, settings: Settings) -> tuple[Tensor, Tensor]:
         on_cross_D = cross.places(conv.in_channels // conv.groups, kernel)
         return statistics.target_GOD, cross.fit(statistics.target_GOD, on_cross_D, statistics.ridged())
     # We assume that channels are independent, so that the cross takes over each tap's work within its own channel.
-    planes = conv.weight.detach().to("cpu", torch.float64).flatten(2).flatten(0, 1)[None]
+    planes = _convs.float64(conv.weight).flatten(2).flatten(0, 1)[None]
     assumed = cross.smooth(kernel, cast(Size, conv.dilation), settings.correlation)[None]
     found = cross.fit(planes, cross.places(1, kernel), assumed)
     shape = (conv.groups, conv.out_channels // conv.groups, -1)

@@ -26,9 +26,6 @@ class LowRank(Pair):
 
     def halves(self, conv: ConvSpec, settings: SettledPair) -> dict[str, ConvSpec]:
         """Return the convs `reduce` and `expand`."""
-        channels = conv.groups * settings.rank
-        plain = ConvSpec(channels, conv.out_channels, (1, 1), groups=conv.groups, dtype=conv.dtype)
-        return {
-            "reduce": replace(conv, out_channels=channels, bias=False),
-            "expand": replace(plain, bias=conv.bias or settings.bias),
-        }
+        channels, bias = conv.groups * settings.rank, conv.bias or settings.bias
+        expand = ConvSpec(channels, conv.out_channels, (1, 1), groups=conv.groups, bias=bias, dtype=conv.dtype)
+        return {"reduce": replace(conv, out_channels=channels, bias=False), "expand": expand}

@@ -34,16 +34,15 @@ class Settings(GrowingSettings):
 class OffsetConv2d(nn.Module):
     """A 2-d convolution of an input (N, C, H, W) or (C, H, W), each tap of whose kernel has an offset of its own.
 
-    `raw_offsets` (T, 2) is what is trained; the offsets are `limit * tanh(raw_offsets / limit)`, nearly the same near
-    zero. A tap near its limit can still return, where a clamp would leave one that was stepped past it without a
-    gradient, and no tap rests on the outermost cell of the grid, where half of its derivative would be missing. With
-    `weighted`, `tap_weights` (T) are factors of the taps, for all channels.
+    `raw_offsets` (T, 2) are trained; the offsets are `limit * tanh(raw_offsets / limit)`: a clamp would leave a tap
+    that was stepped past the limit without a gradient, and half of its derivative is missing on the grid's outermost
+    cell. With `weighted`, `tap_weights` (T) are factors of the taps, for all channels.
     """
 
     def __init__(self, conv: ConvSpec, limit: float, weighted: bool = False) -> None:
         super().__init__()
         self.conv, self.limit = conv, limit
-        self.padding = conv.padding if conv.padding == "same" else _added(conv.padding, (math.ceil(limit),) * 2)
+        self.padding = _grown(conv, limit).padding
         dtype, count = getattr(torch, conv.dtype), math.prod(conv.kernel)
         self.weight = nn.Parameter(torch.empty(conv.out_channels, conv.group_in, *conv.kernel, dtype=dtype))
         self.raw_offsets = nn.Parameter(torch.zeros(count, 2, dtype=dtype))
@@ -108,47 +107,40 @@ class Offset(Replacement):
         return super().unsupported(conv)
 
     def cost(self, site: Site, settings: Settings) -> Cost:
-        """Count the built kernel's convolution and the matrix product that builds it.
+        """Count the built kernel's convolution and the matrix product that builds it, but not the taps' factors.
 
-        Building costs next to nothing, as much as the convolution spends on kh*kw pixels, and a fused conv does without
-        it. Multiplying the shares by the taps' factors is not counted.
+        Building costs as much as the convolution spends on kh*kw pixels, and a fused conv does without it.
         """
-        conv, taps = site.conv, math.prod(site.conv.kernel)
-        cells = math.prod(bilinear.grid_size(conv.kernel, conv.dilation, math.ceil(settings.limit)))
-        running = sum(conv.out_channels * conv.group_in * cells * math.prod(c.output) * c.batch for c in site.calls)
-        building = conv.macs_per_pixel() * cells * len(site.calls)
-        return Cost(running + building, conv.params + (3 if self.weighted else 2) * taps)
+        conv, grown = site.conv, _grown(site.conv, settings.limit)
+        building = conv.macs_per_pixel() * math.prod(grown.kernel) * len(site.calls)
+        running = replace(site, conv=grown).cost.macs
+        return Cost(running + building, conv.params + (3 if self.weighted else 2) * math.prod(conv.kernel))
 
     def build(self, conv: ConvSpec, settings: Settings) -> OffsetConv2d:
         return OffsetConv2d(conv, settings.limit, self.weighted)
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         super().init_(module, original, settings)
-        assert isinstance(module, OffsetConv2d)
-        with torch.no_grad():
-            module.raw_offsets.zero_()
-            if module.tap_weights is not None:
-                module.tap_weights.fill_(1.0)
+        own = cast(OffsetConv2d, module)
+        nn.init.zeros_(own.raw_offsets)
+        if own.tap_weights is not None:
+            nn.init.ones_(own.tap_weights)
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return cast(OffsetConv2d, module).offsets()[None]
+        return cast(OffsetConv2d, module).offsets().detach()[None]
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
         """Return one conv with the built kernel, cut to the pixels that taps touch, by the same on both sides."""
         own, reach = cast(OffsetConv2d, module), math.ceil(settings.limit)
         # "same" follows the kernel by itself, however short that becomes.
-        shrink = None if conv.padding == "same" else _added(conv.padding, (0, 0))
+        shrink = None if conv.padding == "same" else (conv.pads[2], conv.pads[0])
         share_TYX = bilinear.spread(own.offsets(), conv.kernel, conv.dilation, reach)
         rows, columns = bilinear.windows(share_TYX, conv.kernel, conv.dilation, reach, shrink)
-        growth = (reach - rows.start, reach - columns.start)
-        padding = conv.padding if conv.padding == "same" or growth == (0, 0) else _added(conv.padding, growth)
-        fields = replace(conv, padding=padding, dilation=(rows.step, columns.step))
+        fields, _ = _convs.centred(conv, (len(rows), len(columns)), (rows.step, columns.step))
         kernel = own.kernel()[:, :, list(rows)][..., list(columns)]
         return _convs.conv_of(fields, kernel, own.bias, own.weight)
 
 
-def _added(padding: Size | str, growth: Size) -> Size:
-    """Return a conv's padding as numbers ("valid" is none), larger by this many pixels."""
-    height, width = (0, 0) if isinstance(padding, str) else padding
-    return height + growth[0], width + growth[1]
+def _grown(conv: ConvSpec, limit: float) -> ConvSpec:
+    """Return the conv of the built kernel."""
+    return _convs.centred(conv, bilinear.grid_size(conv.kernel, conv.dilation, math.ceil(limit)), (1, 1))[0]

@@ -1,12 +1,12 @@
 """A k x k conv whose taps are moved at every pixel by offsets that a second conv, the predictor, reads off the input.
 
 This is the deformable convolution of Dai, Qi, Xiong, Li, Zhang, Hu and Wei, "Deformable Convolutional Networks",
-ICCV 2017; with `mask = true` each sampled value is also scaled, as in Zhu, Hu, Lin and Dai, "Deformable ConvNets v2",
-CVPR 2019. A mask is 2 * sigmoid, so that zero means one.
+ICCV 2017; with `mask = true` each sampled value is also scaled, by 2 * sigmoid, so that zero means one: Zhu, Hu, Lin
+and Dai, "Deformable ConvNets v2", CVPR 2019.
 
-The predictor has the kernel, stride, padding and dilation of the conv itself, as in both papers, so that there is one
-offset for every tap at every pixel of the output. It starts at zero: the replacement computes what the conv does until
-it is trained. It is dense even where the conv is depthwise, and has 2 (with masks 3) output channels for each tap.
+The predictor has the kernel, stride, padding and dilation of the conv, as in both papers: one offset for every tap at
+every pixel of the output. It starts at zero, is dense even where the conv is depthwise, and has 2 (with masks 3) output
+channels for each tap.
 
 Samples between pixels are bilinear, samples beyond the input are zero. Padding of another mode is laid around the input
 first: samples up to its rim see it, samples beyond the rim are zero.
@@ -41,10 +41,7 @@ class Settings(GrowingSettings):
 
 
 class PredictorConv2d(nn.Conv2d):
-    """The conv that predicts offsets; a type of its own, which no kind swaps.
-
-    Factorised while it is zero it could never learn: both factors would be zero, and so the gradient of each.
-    """
+    """The conv that predicts offsets. No kind swaps it: two factors of zero would have no gradient, and never learn."""
 
 
 class PredictedOffsetConv2d(nn.Module):
@@ -63,8 +60,7 @@ class PredictedOffsetConv2d(nn.Module):
         self.margins, self.padding = conv.pads, (0, 0)
         if conv.padding_mode == "zeros":
             self.margins, self.padding = (0, right - left, 0, bottom - top), (top, left)
-        fields = replace(conv, out_channels=_predicted_channels(conv, mask, offset_groups), groups=1, bias=True)
-        self.predictor = _convs.new_conv(fields, cls=PredictorConv2d)
+        self.predictor = _convs.new_conv(_predictor(conv, mask, offset_groups), cls=PredictorConv2d)
         for parameter in self.predictor.parameters():
             nn.init.zeros_(parameter)
         dtype = self.predictor.weight.dtype
@@ -73,15 +69,15 @@ class PredictedOffsetConv2d(nn.Module):
 
     def predict_offsets(self, x: Tensor) -> Tensor:
         """Return the offsets in pixels, (N, 2 * offset_groups * taps, H, W) of the output's size."""
-        return cast(Tensor, self.predictor(x)).narrow(-3, 0, _predicted_channels(self.conv, False, self.offset_groups))
+        channels = _predictor(self.conv, False, self.offset_groups).out_channels
+        return cast(Tensor, self.predictor(x)).narrow(-3, 0, channels)
 
     def forward(self, input: Tensor) -> Tensor:
         x, predicted = input, self.predictor(input)
         if any(self.margins):
             x = F.pad(x, self.margins, "constant" if self.conv.padding_mode == "zeros" else self.conv.padding_mode)
-        return _deform_conv2d(
-            x, predicted, self.weight, self.bias, self.conv.stride, self.padding, self.conv.dilation, self.mask
-        )
+        geometry = (self.conv.stride, self.padding, self.conv.dilation)
+        return _deform_conv2d(x, predicted, self.weight, self.bias, geometry, self.mask)
 
     def extra_repr(self) -> str:
         mask = ", mask" if self.mask else ""
@@ -94,12 +90,11 @@ class PredictedOffset(Replacement):
 
     def cost(self, site: Site, settings: Settings) -> Cost:
         """Count the predictor, the sampling (`BILINEAR_MACS` each, one more with a mask) and the conv's products."""
-        conv, taps = site.conv, math.prod(site.conv.kernel)
-        predicted = _predicted_channels(conv, settings.mask, settings.offset_groups)
-        predictor = predicted * conv.in_channels * taps
-        sampling = conv.in_channels * taps * (BILINEAR_MACS + settings.mask)
+        predictor = _predictor(site.conv, settings.mask, settings.offset_groups)
+        samples = site.conv.in_channels * math.prod(site.conv.kernel)
         pixels = sum(math.prod(call.output) * call.batch for call in site.calls)
-        return Cost(pixels * (predictor + sampling + conv.macs_per_pixel()), predictor + predicted + conv.params)
+        sampling = Cost(pixels * samples * (BILINEAR_MACS + settings.mask), 0)
+        return site.cost + replace(site, conv=predictor).cost + sampling
 
     def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
         if problem := _undivided(site.conv, settings):
@@ -134,8 +129,9 @@ class PredictedOffset(Replacement):
         return _convs.conv_of(conv, own.weight, own.bias, own.weight)
 
 
-def _predicted_channels(conv: ConvSpec, mask: bool, offset_groups: int) -> int:
-    return (3 if mask else 2) * offset_groups * math.prod(conv.kernel)
+def _predictor(conv: ConvSpec, mask: bool, offset_groups: int) -> ConvSpec:
+    channels = (3 if mask else 2) * offset_groups * math.prod(conv.kernel)
+    return replace(conv, out_channels=channels, groups=1, bias=True)
 
 
 def _undivided(conv: ConvSpec, settings: Settings) -> str | None:
@@ -143,36 +139,27 @@ def _undivided(conv: ConvSpec, settings: Settings) -> str | None:
     return f"offset_groups = {groups} does not divide the {channels} input channels" if channels % groups else None
 
 
+# torch.fx cannot follow torchvision's function, which decides by shapes: the call stays one node of a graph.
+@fx.wrap
 def _deform_conv2d(
-    x: Tensor,
-    predicted: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-    with_mask: bool,
+    x: Tensor, predicted: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Size, Size, Size], masked: bool
 ) -> Tensor:
-    """Run torchvision's operator on the predictor's output; return the dtype and memory format of a conv's output."""
+    """Run torchvision's operator (`geometry`: stride, padding, dilation), with a conv's dtype and memory format."""
     if x.dim() == 3:
-        return _deform_conv2d(x[None], predicted[None], weight, bias, stride, padding, dilation, with_mask)[0]
+        return _deform_conv2d(x[None], predicted[None], weight, bias, geometry, masked)[0]
     # The operator wants one dtype, which autocast does not see to on the CPU, and it has no kernels for bfloat16.
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, moved, weight = x.to(dtype), predicted.to(dtype), weight.to(dtype)
     mask = None
-    if with_mask:
+    if masked:
         offset_channels = moved.shape[1] // 3 * 2
         moved, mask = moved[:, :offset_channels], 2 * moved[:, offset_channels:].sigmoid()
     # A NaN for an offset makes the operator read outside of the input's memory, which ends the process.
     lost = moved.isnan().any(1, keepdim=True)
     bias = None if bias is None else bias.to(dtype)
-    output: Tensor = ops.deform_conv2d(x, moved.nan_to_num(), weight, bias, stride, padding, dilation, mask)
+    output: Tensor = ops.deform_conv2d(x, moved.nan_to_num(), weight, bias, *geometry, mask)
     output = output.masked_fill(lost, math.nan).to(predicted.dtype)
     # The operator forgets the input's format; the predictor is a conv, and chose that which any conv would.
     if is_channels_last(predicted):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
-
-
-# torch.fx cannot follow torchvision's function, which decides by shapes: the call stays one node of a graph.
-fx.wrap("_deform_conv2d")

@@ -63,14 +63,8 @@ class Resized(Replacement):
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
         """Copy the conv's own taps into the middle of zeros, as far apart as they were."""
-        new, conv = cast(nn.Conv2d, module), original.conv
-        places = []
-        for axis in (0, 1):
-            taps, step, old_step = new.kernel_size[axis], new.dilation[axis], conv.dilation[axis]
-            margin = (step * (taps - 1) - old_step * (conv.kernel_size[axis] - 1)) // (2 * step)
-            places.append(slice(margin, taps - margin, max(1, old_step // step)))
-        kernel = torch.zeros_like(new.weight)
-        kernel[:, :, places[0], places[1]] = conv.weight.detach()
+        new, conv = cast(Any, module), cast(Any, original.conv)
+        kernel = _convs.placed(conv.weight.detach(), new.kernel_size, (conv.dilation, new.dilation))
         _convs.copy_(new, kernel, conv.bias)
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d:
@@ -80,40 +74,28 @@ class Resized(Replacement):
 def resized(conv: ConvSpec, settings: Settings) -> ConvSpec:
     """Return the fields of the new conv."""
     kernel = settings.kernel or (conv.kernel[0] + 2, conv.kernel[1] + 2)
-    grown = replace(conv, kernel=kernel, dilation=settings.dilation or conv.dilation, bias=conv.bias or settings.bias)
-    return replace(grown, padding=_in_place(conv, grown)[1] if settings.padding is None else settings.padding)
-
-
-def _growth(conv: ConvSpec, grown: ConvSpec) -> Size:
-    """Return the number of pixels that the new taps span more, along each axis."""
-    sides = zip(conv.kernel, conv.dilation, grown.kernel, grown.dilation, strict=True)
-    rows, columns = (new_step * (new_taps - 1) - step * (taps - 1) for taps, step, new_taps, new_step in sides)
-    return rows, columns
-
-
-def _in_place(conv: ConvSpec, grown: ConvSpec) -> tuple[tuple[Size, Size], Size | str]:
-    """Return the margins, and the padding that gives them, with which the output stays where it was."""
-    (top, bottom), (left, right) = _convs.margins(conv)
-    rows, columns = (extra // 2 for extra in _growth(conv, grown))
-    margins = (top + rows, bottom + rows), (left + columns, right + columns)
-    return margins, "same" if conv.padding == "same" else (top + rows, left + columns)
+    grown, _ = _convs.centred(conv, kernel, settings.dilation)
+    padding = grown.padding if settings.padding is None else settings.padding
+    return replace(grown, padding=padding, bias=conv.bias or settings.bias)
 
 
 def _check(conv: ConvSpec, grown: ConvSpec) -> None:
     """Raise RecipeError where the new conv could not compute what the conv does."""
     old, new, step, dilation = (_text(size) for size in (conv.kernel, grown.kernel, grown.dilation, conv.dilation))
-    axes = zip(_growth(conv, grown), conv.kernel, conv.dilation, grown.dilation, strict=True)
-    if any(more < 0 or more % (2 * wide) or (taps > 1 and narrow % wide) for more, taps, narrow, wide in axes):
+    taps = torch.ones(1, 1, *conv.kernel)
+    if int(_convs.placed(taps, grown.kernel, (conv.dilation, grown.dilation)).sum()) < taps.numel():
         if grown.dilation == conv.dilation:
             raise RecipeError(f"kernel = {new}: a {old} kernel grows by an even number of taps on each axis")
         about = f"its taps would not meet those of {old} and dilation {dilation}"
         raise RecipeError(f"kernel = {new}, dilation = {step}: {about}")
-    margins, suitable = _in_place(conv, grown)
+    suitable, _ = _convs.centred(conv, grown.kernel, grown.dilation)
     about = f"padding = {_text(grown.padding)}:"
     if grown.padding == "same" and grown.stride != (1, 1):
-        raise RecipeError(f"{about} a conv of stride {_text(conv.stride)} cannot have it; give {_text(suitable)}")
-    if _convs.margins(grown) != margins:
-        raise RecipeError(f"{about} the output keeps its size and place with {_text(suitable)} only")
+        raise RecipeError(
+            f"{about} a conv of stride {_text(conv.stride)} cannot have it; give {_text(suitable.padding)}"
+        )
+    if grown.pads != suitable.pads:
+        raise RecipeError(f"{about} the output keeps its size and place with {_text(suitable.padding)} only")
 
 
 def _text(size: Size | str) -> str:

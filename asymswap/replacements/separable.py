@@ -9,23 +9,22 @@ There can be a batch norm, a ReLU or both between them (Inception: Szegedy et al
 for a network that is trained on. They start as near to nothing as they can:
 
 - The batch norm has the mean and variance of the first conv's output as its statistics, and a weight and bias that
-  undo them, so that in eval mode the pair computes the same as without it, at the borders too; in train mode as far as
-  a batch has these statistics. They come from calibration, else from the assumption of white inputs: then eval mode is
-  just as exact, but train mode rescales.
+  undo them: in eval mode the pair computes the same as without it, at the borders too; in train mode as far as a batch
+  has these statistics. They come from calibration, else from white inputs: then train mode rescales.
 - The ReLU gets every channel raised by what brings three deviations below its mean above zero (by the batch norm's
   bias or else the first conv's), and the second conv's bias takes that away again. What lies lower is cut. Zeros that
   the second conv would pad were not raised: where it pads zeros, the first conv pads in its place, on both axes, and
   walks over that many pixels more. (A batch norm then sees the padding in train mode, which the patches show only in
   part.) For uneven `same` padding no conv can do that: there the borders come out wrong.
 
-At the usual padding a smaller shift would be a compromise between what is cut and what the borders lose: on
-digits-resnet at a quarter of its MACs, calibrated in one pass on 256 images, top-1 is 94 % with no ReLU, 92 % with one,
-and 68 % at the usual padding with the best shift (1.5 deviations).
+At the usual padding a smaller shift would be a compromise: on digits-resnet at a quarter of its MACs, calibrated in one
+pass on 256 images, top-1 is 94 % with no ReLU, 92 % with one, 68 % at the usual padding at best (1.5 deviations).
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -83,9 +82,8 @@ class Separable(Pair):
         return settings.between == "none" or conv.dtype in ("float32", "float64")
 
     def forms(self, settings: Settings) -> Sequence[Settled]:
-        orders: tuple[Order, ...] = ("vertical-first", "horizontal-first")
         more: dict[str, Any] = {} if settings.between == "none" else {"between": settings.between}
-        return [Settled(rank=1, order=order, **more) for order in orders if settings.order in ("auto", order)]
+        return [Settled(rank=1, order=order, **more) for order in get_args(Order) if settings.order in ("auto", order)]
 
     def cost(self, site: Site, settings: Settled) -> Cost:
         norm = 2 * site.conv.groups * settings.rank if "bn" in settings.between else 0
@@ -94,65 +92,60 @@ class Separable(Pair):
     def halves(self, conv: ConvSpec, settings: Settled) -> dict[str, ConvSpec]:
         """Return the convs `vertical` and `horizontal`, in run order."""
         vertical_first, channels = settings.vertical_first, conv.groups * settings.rank
-        first = replace(_half(conv, vertical_first), out_channels=channels, bias=settings.between == "relu")
+        first = replace(_convs.half(conv, vertical_first), out_channels=channels, bias=settings.between == "relu")
         has_bias = conv.bias or settings.bias or "relu" in settings.between
-        second = replace(_half(conv, not vertical_first), in_channels=channels, bias=has_bias)
+        second = replace(_convs.half(conv, not vertical_first), in_channels=channels, bias=has_bias)
         evenly = conv.padding_mode == "zeros" and all(before == after for before, after in _convs.margins(conv))
         if "relu" in settings.between and evenly:
             first, second = replace(first, padding=(conv.pads[2], conv.pads[0])), replace(second, padding=(0, 0))
         names = ("vertical", "horizontal") if vertical_first else ("horizontal", "vertical")
         return dict(zip(names, (first, second), strict=True))
 
-    def between(self, conv: ConvSpec, settings: Settled) -> dict[str, nn.Module]:
-        """Return the layers `norm` and `relu`, if requested."""
-        layers: dict[str, nn.Module] = {}
+    def build(self, conv: ConvSpec, settings: Settled) -> nn.Sequential:
+        (name, first), (other, second) = super().build(conv, settings).named_children()
+        layers = OrderedDict({name: first})
         if "bn" in settings.between:
             layers["norm"] = nn.BatchNorm2d(conv.groups * settings.rank, dtype=getattr(torch, conv.dtype))
         if "relu" in settings.between:
             layers["relu"] = nn.ReLU()
-        return layers
+        return nn.Sequential(OrderedDict(layers, **{other: second}))
 
     def init_(self, module: nn.Module, original: Original, settings: Settled) -> None:
         """Set the best pair of each group; what is between the two starts as said above."""
-        if settings.between == "none":
-            super().init_(module, original, settings)
-            return
-        conv, statistics, (first, norm, second) = original.conv, original.statistics, _parts(module)
+        conv, statistics, norm = original.conv, original.statistics, getattr(module, "norm", None)
+        first, *_, second = cast(Any, module)
         weight, second_weight, bias_O = solve(original, settings)
-        if statistics is None:
+        if statistics is None or settings.between == "none":
             # White inputs: of mean 0 and variance 1.
-            variance_GR = weight.detach().to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1)).square().sum(2)
+            variance_GR = _convs.float64(weight).flatten(1).unflatten(0, (conv.groups, -1)).square().sum(2)
             mean_GR = torch.zeros_like(variance_GR)
         else:
-            taps = _read_taps(first, conv)
-            mean_GR, variance_GR = statistics.intermediate(weight, cast(Size, conv.kernel_size), taps)
+            kernel = cast(Size, conv.kernel_size)
+            mean_GR, variance_GR = statistics.intermediate(weight, kernel, _read_taps(first, conv))
         shift_GR = torch.zeros_like(mean_GR)
         if "relu" in settings.between:
             # None below zero, so that a zero that was padded stays above it too.
             shift_GR = (_DEVIATIONS * variance_GR.sqrt() - mean_GR).clamp_min(0.0)
         if norm is not None:
-            with torch.no_grad():
-                _convs.set_neutral_(norm, mean_GR.flatten(), variance_GR.flatten())
-                norm.bias.add_(shift_GR.flatten())
+            _convs.set_norm_(norm, mean_GR.flatten(), variance_GR.flatten(), shift_O=shift_GR.flatten())
         _convs.copy_(first, weight, shift_GR.flatten())
         _convs.copy_(second, second_weight, bias_O - svd.carried(shift_GR, second_weight))
 
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settled) -> nn.Conv2d | None:
         """Return one k x k conv of the original fields, its kernel the product of the pair's, with the pair's bias.
 
-        A batch norm between is folded into it. None with a ReLU between, or where the batch norm shifts its input (as
-        it does once it is trained) and zeros are padded behind it: the borders do not get that shift.
+        A batch norm between is folded in. None with a ReLU between, or where zeros are padded behind a batch norm that
+        shifts its input (as it does once it is trained): the borders do not get that shift.
         """
         if "relu" in settings.between:
             return None
-        first, norm, second = _parts(module)
-        weight = first.weight.detach().to(torch.float64)
-        bias_O = None if second.bias is None else second.bias.detach().to(torch.float64)
+        (first, *_, second), norm = cast(Any, module), getattr(module, "norm", None)
+        weight, bias_O = _convs.float64(first.weight), None if second.bias is None else _convs.float64(second.bias)
         if norm is not None:
             scale_R, shift_R = _convs.affine(norm)
             weight = weight * scale_R[:, None, None, None]
             # A shift that is mere rounding is none.
-            own = norm.bias.detach().to(torch.float64).abs()
+            own = _convs.float64(norm.bias).abs()
             rounding = 4 * torch.finfo(norm.weight.dtype).eps * (own + (own - shift_R).abs())
             shift_R = torch.where(shift_R.abs() > rounding, shift_R, 0.0)
             if bool(shift_R.any()):
@@ -160,25 +153,11 @@ class Separable(Pair):
                     return None
                 shift_O = svd.carried(shift_R.unflatten(0, (conv.groups, -1)), second.weight)
                 bias_O = shift_O if bias_O is None else bias_O + shift_O
-        return merge(conv, settings, weight, second, bias_O)
-
-
-def _half(conv: ConvSpec, vertical: bool) -> ConvSpec:
-    """Return the fields of a conv along one axis alone."""
-
-    def along(size: Size, across: int = 1) -> Size:
-        return (size[0], across) if vertical else (across, size[1])
-
-    padding = conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
-    kernel, stride, dilation = along(conv.kernel), along(conv.stride), along(conv.dilation)
-    return replace(conv, kernel=kernel, stride=stride, dilation=dilation, padding=padding)
+        return merge(conv, weight, second, bias_O)
 
 
 def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
-    """Return the taps of the second conv through which the first one's output map is seen best.
-
-    All of them where the first conv pads for the second; else those that see the least of the second one's padding.
-    """
+    """Return the second conv's taps that see the least of its padding: all of them where the first one pads for it."""
     axis = 1 if first.kernel_size[1] == 1 else 0
     taps = range(conv.kernel_size[axis])
     if not isinstance(first.padding, str) and first.padding[axis]:
@@ -188,9 +167,3 @@ def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
     (before, after), step = _convs.margins(fields)[axis], conv.dilation[axis]
     outside = [max(before - step * tap, 0) + max(after - step * (taps[-1] - tap), 0) for tap in taps]
     return [tap for tap in taps if outside[tap] == min(outside)]
-
-
-def _parts(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d | None, nn.Conv2d]:
-    """Return the modules of a pair that hold numbers, in run order."""
-    first, *_, second = module.children()
-    return cast(nn.Conv2d, first), getattr(module, "norm", None), cast(nn.Conv2d, second)

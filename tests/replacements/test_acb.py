@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from asymswap.errors import PlanError, RecipeError
 from asymswap.factorize.statistics import SiteStatistics
 from asymswap.graph.trace import read_conv, trace
-from asymswap.replacements import Original, acb, load, parse_settings
+from asymswap.replacements import Original, load, parse_settings
+from asymswap.replacements.branches import BranchSum, NormSettings
 from asymswap.types import ConvSpec, Neighbour, Site
 
 KIND = load("acb")
@@ -28,7 +29,7 @@ MODES = st.sampled_from(["shared", "branch"])
 
 def convert(
     conv: nn.Conv2d, bn: str, norm: nn.BatchNorm2d | None = None, statistics: SiteStatistics | None = None
-) -> tuple[acb.AsymmetricBlock, acb.Settings]:
+) -> tuple[BranchSum, NormSettings]:
     wanted = parse_settings("acb", {"bn": bn})
     if norm is not None:
         wanted = KIND.fold_norm(wanted, norm)
@@ -163,7 +164,7 @@ def test_fusing_what_is_untouched_gives_the_conv_back() -> None:
     assert fused.bias is None
 
 
-def step(block: acb.AsymmetricBlock, x: Tensor, target: Tensor, rate: float = 0.1) -> dict[str, float]:
+def step(block: BranchSum, x: Tensor, target: Tensor, rate: float = 0.1) -> dict[str, float]:
     """How far one step of SGD in train mode moves each branch."""
     before = copy.deepcopy(block)
     block.train().zero_grad()

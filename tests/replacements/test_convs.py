@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conv_cases import Case, cases
@@ -29,21 +31,23 @@ def test_strips_see_the_centre_column_and_row_of_what_the_kernel_sees(case: Case
     padded = pad_by_hand(case)
     across, along = dw * (kw - 1) // 2, dh * (kh - 1) // 2
     seen = (padded[..., across : padded.shape[3] - across], padded[..., along : padded.shape[2] - along, :])
-    *strips, crop = _convs.strip_convs(read_conv(conv))
-    modules = [_convs.new_conv(strip) for strip in strips]
-    for quiet, module, inputs in zip(reversed(modules), modules, seen, strict=True):
+    for kernel, inputs in (((kh, 1), seen[0]), ((1, kw), seen[1])):
+        strip, crop = _convs.centred(replace(read_conv(conv), bias=False), kernel)
+        module = _convs.new_conv(strip)
         torch.nn.init.normal_(module.weight)
-        torch.nn.init.zeros_(quiet.weight)
-        got = _convs.StripSum(crop, *modules)(case.x)
+        got = _convs.CroppedSum({"strip": (module, crop)})(case.x)
         expected = F.conv2d(inputs, module.weight, None, conv.stride, 0, conv.dilation, conv.groups)
         assert got.shape == case.conv(case.x).shape
         assert torch.allclose(got, expected, atol=1e-12)
 
 
-def test_a_square_of_two_strips_sums_them() -> None:
+def test_taps_keep_their_places_about_the_middle() -> None:
     column, row = torch.arange(1.0, 4).reshape(1, 1, 3, 1), torch.tensor([10.0, 20, 30, 40, 50]).reshape(1, 1, 1, 5)
-    square = _convs.as_square(column, row)[0, 0]
-    assert square.tolist() == [[0, 0, 1, 0, 0], [10, 20, 32, 40, 50], [0, 0, 3, 0, 0]]
+    square = _convs.placed(column, (3, 5)) + _convs.placed(row, (3, 5))
+    assert square[0, 0].tolist() == [[0, 0, 1, 0, 0], [10, 20, 32, 40, 50], [0, 0, 3, 0, 0]]
+    assert torch.equal(_convs.placed(square, (1, 5))[0, 0], torch.tensor([[10.0, 20, 32, 40, 50]]))
+    assert _convs.placed(row, (1, 5), ((1, 1), (1, 2))).tolist() == [[[[0, 10, 30, 50, 0]]]]
+    assert _convs.placed(row[..., :2], (1, 4), ((1, 3), (1, 1))).tolist() == [[[[10, 0, 0, 20]]]]
 
 
 @pytest.mark.parametrize(
