@@ -31,7 +31,7 @@ from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
 from asymswap.results.records import plain
 from asymswap.training.config import Callback, Training
-from asymswap.training.distillation import ORIGINAL, Teacher, find_teacher
+from asymswap.training.distillation import ORIGINAL, find_teacher, handed_over
 from asymswap.training.objective import Objective, Validator, by_labels, by_loss, by_user
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
@@ -92,7 +92,8 @@ def finetune(
       teacher, `Training(distill=…)`, are learned;
     - `evaluate(model)`: validates, in eval mode: a number, or a dict of them. The first decides which epoch is the
       best. Higher is better; `asymswap.Metric(function, lower_is_better=…)` says otherwise;
-    - `teacher`: a model to learn from, such as the unconverted module, in place of what `Training(distill=…)` names;
+    - `teacher`: a model to learn from in place of what `Training(distill=…)` names. Its `original` is also the module
+      that `convert` got;
     - `output`: the checkpoint that is written at the end; `run`: the folder of what is needed to go on after an
       interruption, by default beside it; with neither nothing is written;
     - `resume`: go on where a run is, and begin where there is none.
@@ -142,11 +143,11 @@ def finetune(
             f"nothing says what to learn from {material.data}: give `loss=…`, a function of the outputs and the batch, "
             "or a teacher, `distill=…`"
         )
-    taught: Teacher | None = None
-    if settings.distill is not None:
-        beside = None if opened.file is None else opened.file.parent
-        named = settings.distill if teacher is None else teacher
-        taught = find_teacher(opened.header(), named, opened.model, beside)
+    if teacher is None and settings.distill == ORIGINAL:
+        teacher = handed_over(opened)
+    named = settings.distill if teacher is None else teacher
+    beside = None if opened.file is None else opened.file.parent
+    taught = None if named is None else find_teacher(opened.header(), named, opened.model, beside)
     identity = settings.identity() | {"augment": list(material.presets)}
     identity |= {"data": data if isinstance(data, str) else material.data, "images": material.source.count}
     identity |= {"checkpoint": opened.sha256, "processes": team.size}

@@ -95,13 +95,16 @@ class _Listed(TyperCommand):
         try:
             return begin_as(str(self.name)).make_context(info_name, args, parent=parent, **extra)
         except Exception as error:
-            # Typer's own errors, which it keeps private: of several near options the nearest, no word of pydantic.
+            # Typer's own errors, which it keeps private: the options that hold the word, else the nearest.
             known: Any = error
-            if getattr(known, "possibilities", None):
-                near = difflib.get_close_matches(known.option_name, known.possibilities, n=1, cutoff=0)
-                known.message, known.possibilities = f"{known.message}; did you mean {near[0]}?", None
+            if hasattr(known, "possibilities") and known.ctx is not None:
+                name, every = known.option_name, [one for param in known.ctx.command.params for one in param.opts]
+                holding = [one for one in every if name.strip("-") in one.split("-") or one.startswith(name)]
+                near = holding or difflib.get_close_matches(name, every, n=1)
+                advice = f"did you mean {' or '.join(near)}?" if near else f"{self.name} --help-all lists all"
+                known.message, known.possibilities = f"{known.message}; {advice}", None
             elif isinstance(error, typer.BadParameter):
-                known.message = known.message.removeprefix("Value error, ")
+                known.message = known.message.removeprefix("Value error, ")  # pydantic's words
             raise
 
 

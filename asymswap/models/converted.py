@@ -16,7 +16,7 @@ from asymswap.graph.surgery import swap
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import how_to_build
 from asymswap.models.family import package
-from asymswap.models.opened import OpenedModel
+from asymswap.models.opened import GIVEN, OpenedModel
 from asymswap.planning.apply import apply_plan
 from asymswap.types import Origin
 from asymswap.utils.tensors import WithoutMemory, meta_copy
@@ -45,10 +45,11 @@ def original_of(opened: OpenedModel) -> nn.Module:
 
 
 def base_of(opened: OpenedModel) -> nn.Module | None:
-    """Return the unconverted model where no later verb could build it again; None where one can."""
-    if opened.base is not None or opened.plans or opened.skeleton is not None:
+    """Return the unconverted model where no later verb could have it again, or its weights; None where one can."""
+    if opened.base is not None or opened.plans:
         return opened.base
-    return None if builders.canonical(opened.origin.reference) else opened.model
+    named = opened.skeleton is not None or builders.canonical(opened.origin.reference) is not None
+    return None if named and opened.weights != GIVEN else opened.model
 
 
 def versions(origin: Origin) -> dict[str, str]:

@@ -17,6 +17,9 @@ from asymswap.utils import inputs as made_inputs
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import deep_copy, device_of, map_tensors
 
+GIVEN = "as given"
+"""The weights of a module that was handed over."""
+
 
 @dataclass(frozen=True)
 class OpenedModel:

@@ -22,7 +22,7 @@ from asymswap.models.converted import restore
 from asymswap.models.factories import UserCode, describe_module, how_built, names_code, names_python_file, same_callable
 from asymswap.models.family import Family, Fit, package
 from asymswap.models.fingerprints import near
-from asymswap.models.opened import OpenedModel
+from asymswap.models.opened import GIVEN, OpenedModel
 from asymswap.models.preprocessing import PreprocessingOptions, with_size
 from asymswap.results.records import read_provenance
 from asymswap.types import Origin, Progress, Shown, silent
@@ -109,14 +109,14 @@ def open_model(
         network = _unwrapped(ultralytics_models.network_of(model))
         header = ultralytics_models.header_in(network)
         if header is None:
-            opened = describe_module(network, "as given")
+            opened = describe_module(network, GIVEN)
         else:
-            opened = _describe_converted(network, header, None, "as given")
+            opened = _describe_converted(network, header, None, GIVEN)
         opened = replace(opened, reference=type(network).__name__)
     elif isinstance(model, Made):
         # It stays the caller's.
         base = model.base if arch is None else _build_named(model.header.origin, request)
-        opened = _describe_converted(model.model, model.header, base, "as given")
+        opened = _describe_converted(model.model, model.header, base, GIVEN)
         named = read_provenance(model.header.provenance, "the conversion").report.model.reference
         opened = replace(opened, reference=named or model.header.origin.reference)
     elif not isinstance(model, str | Path):

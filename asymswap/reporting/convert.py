@@ -129,8 +129,8 @@ def report_view(report: Report, width: int | None) -> Screen:
 
 
 def _verdicts(report: Report) -> list[str]:
-    """Return what was allowed to be lost and what was lost, and how far the network answers as the original."""
-    drop, lines = report.drop, []
+    """Return what was allowed to be lost and what was lost; where no metric tells more, the agreement."""
+    drop, lines = report.drop, list[str]()
     if drop is not None:
         inputs = drop.data if drop.samples is None else f"{drop.samples:,} inputs"
         ends = "" if drop.interval is None else " to ".join(fmt.lost(end, drop) for end in drop.interval)
@@ -139,7 +139,17 @@ def _verdicts(report: Report) -> list[str]:
             f"on {inputs}{f' ({ends} with 95 % confidence)' if ends else ''}, at {drop.share:.3f} of the MACs, after "
             f"{fmt.plural(drop.solves, 'solve')}{', with the smallest swap everywhere' if drop.smallest else ''}."
         )
-    return lines + agreement_lines(report.agreement, "the original")
+    return lines + (agreement_lines(report.agreement, "the original") if report.accuracy is None else [])
+
+
+def _lost(report: Report) -> list[str]:
+    """Return what the page says first of the loss: of the metric, else of the agreement, else of the outputs."""
+    if report.accuracy is None:
+        change = f"{fmt.error(report.output.relative)} on {report.output.probe}"
+        return _verdicts(report) or [f"The output changed by {change}."]
+    one = report.accuracy.scores[0]
+    before, after = (fmt.score(value, one.unit) for value in (one.before, one.after))
+    return [f"{one.name}: {before} before, {after} after.", *_verdicts(report)]
 
 
 def agreement_lines(agreement: Agreement | None, other: str) -> list[str]:
@@ -217,6 +227,7 @@ def _fine_print(report: Report) -> list[str]:
         *_latency(report),
     ]
     if accuracy is not None:
+        lines += agreement_lines(report.agreement, "the original")
         lines += [f"{fmt.measured_on(accuracy.scores, accuracy.data)}.", fmt.sentence(accuracy.note)]
     if calibration is not None:
         how = "layer by layer" if calibration.sequential else "in one pass"
@@ -260,7 +271,8 @@ def to_html(report: Report, provenance: Provenance) -> str:
         marks=marks,
         panels=_panels(report),
         table=layer_table(report),
-        verdicts=_verdicts(report),
+        lost=_lost(report),
+        agreement=agreement_lines(report.agreement, "the original") if report.accuracy is not None else (),
         kept=kept_lines(row for row in report.sites if row.action == "keep"),
         latency=_latency(report),
         markdown=report_view(replace(report, seconds={}), None).markdown(),

@@ -15,6 +15,7 @@ from asymswap.errors import AsymswapError, SourceError
 from asymswap.fileformats.detect import is_file_name, sha256
 from asymswap.models import builders, timm_models
 from asymswap.models.factories import names_python_file
+from asymswap.models.opened import GIVEN, OpenedModel
 from asymswap.models.opening import Model, open_model
 from asymswap.results.records import read_provenance
 from asymswap.types import Swap
@@ -32,6 +33,14 @@ class Teacher:
     model: nn.Module
     description: str
     blocks: Mapping[str, str]
+
+
+def handed_over(opened: OpenedModel) -> nn.Module | None:
+    """Return the original network of a conversion in memory, if it was a module that the user gave."""
+    if opened.base is None or opened.file is not None or len(opened.plans) != 1:
+        return None  # beside a file the base may have any weights
+    made_of = read_provenance(opened.provenance, opened.reference).report.model
+    return opened.base if made_of.weights == GIVEN else None
 
 
 def find_teacher(header: Header, reference: Model, student: nn.Module, folder: Path | None = None) -> Teacher:
@@ -82,7 +91,7 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
     """Return the reference and options with which the original was opened for the conversion."""
     report = read_provenance(header.provenance, "the checkpoint").report
     reference, weights = report.model.reference, report.model.weights
-    if not reference or weights in ("", "as given"):
+    if not reference or weights in ("", GIVEN):
         raise SourceError(f"the checkpoint does not say which model it was made from; {_GIVE}")
     origin, arguments = header.origin.reference, dict(header.origin.arguments)
     whole = origin.startswith(("skeleton:", "class:"))

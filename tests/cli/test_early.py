@@ -83,6 +83,8 @@ def test_channels_can_be_given_to_the_builder() -> None:
 def test_the_nearest_option_is_named(tmp_path: Path) -> None:
     for line, expected in {
         "convert digits-resnet --recipie x": "did you mean --recipe?",
+        "convert digits-resnet --images 9": "did you mean --calibration-images or --polish-images?",
+        "convert digits-resnet --xyzzy 9": "convert --help-all lists all",
         "export x.pt --to onx": "'onx' is not one of 'onnx'",
         "convrt x": "Did you mean 'convert'?",
     }.items():

@@ -352,6 +352,24 @@ def test_a_teacher_of_class_scores_is_learned_without_labels() -> None:
     assert tuned.report.before is None
 
 
+@pytest.mark.parametrize("allowlisted", [False, True])
+def test_the_original_is_the_module_that_was_converted(tmp_path: Path, allowlisted: bool) -> None:
+    """In memory, with its own weights; the base beside a file may have any, and is no teacher."""
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 1, 3, padding=1)).eval()
+    original: nn.Module = module if allowlisted else Denoiser().eval()
+    conversion = asymswap.convert(asymswap.open_model(original, input_size=(1, 8, 8)), "acnet")
+    steps = Training(steps=2, validation="none", distill="original")
+    by_name = asymswap.finetune(conversion, NOISY, steps)
+    given = asymswap.finetune(conversion, NOISY, steps, teacher=original)
+    for one, other in zip(by_name.model.state_dict().values(), given.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    asymswap.save(conversion, tmp_path / "net.pt")
+    again = asymswap.open_model(tmp_path / "net.pt", arch=None if allowlisted else Denoiser())
+    with pytest.raises(AsymswapError, match="does not say which model"):
+        asymswap.finetune(again, NOISY, steps)
+
+
 def test_lines_of_a_run() -> None:
     row = EpochRow(1, 5, {"loss": 0.5}, 0.1, 12.4, "batches", {"psnr": 30.123, "loss": 0.25}, True, 1.0)
     assert epoch_line(row, 3) == "epoch 1/3: loss 0.5000; validation psnr 30.12, loss 0.2500 (best); 12 batches/s"
