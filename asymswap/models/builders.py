@@ -38,7 +38,8 @@ class OwnNetworks(Family):
         return [*self.builders]
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        return self.builders[reference](**arguments)
+        builder = self.builders[reference]  # by a name, for `near_keyword`
+        return builder(**arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         if reference != DIGITS:

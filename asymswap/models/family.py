@@ -161,8 +161,9 @@ def near_keyword(error: BaseException, arguments: Arguments) -> str:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     for given in (*frame.f_locals.values(), *frame.f_globals.values()):
         value = given.func if isinstance(given, functools.partial) else given
-        for one in value.__mro__ if isinstance(value, type) else (value,):
-            if isinstance(one, FunctionType | type) and one.__qualname__ == said[1].removesuffix(".__init__"):
+        called = [vars(one).get("__init__") for one in value.__mro__] if isinstance(value, type) else [value]
+        for one in called:
+            if isinstance(one, FunctionType) and one.__qualname__ == said[1]:
                 takes = [name for name in inspect.signature(one).parameters if name != "self"]
                 return near_names(said[2], takes) or f"; it takes {', '.join(takes)}"
     return ""

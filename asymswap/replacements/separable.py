@@ -112,12 +112,15 @@ class Separable(Pair):
 
     def init_(self, module: nn.Module, original: Original, settings: Settled) -> None:
         """Set the best pair of each group; what is between the two starts as said above."""
+        if settings.between == "none":
+            super().init_(module, original, settings)
+            return
         conv, statistics, norm = original.conv, original.statistics, getattr(module, "norm", None)
         first, *_, second = cast(Any, module)
         weight, second_weight, bias_O = solve(original, settings)
-        if statistics is None or settings.between == "none":
+        if statistics is None:
             # White inputs: of mean 0 and variance 1.
-            variance_GR = _convs.float64(weight).flatten(1).unflatten(0, (conv.groups, -1)).square().sum(2)
+            variance_GR = weight.to(torch.float64).flatten(1).unflatten(0, (conv.groups, -1)).square().sum(2)
             mean_GR = torch.zeros_like(variance_GR)
         else:
             kernel = cast(Size, conv.kernel_size)
