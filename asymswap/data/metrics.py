@@ -30,7 +30,7 @@ from asymswap.results.evaluate import Score
 from asymswap.results.records import read_provenance
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import ALONE, Team
-from asymswap.utils.inputs import placed, sizes
+from asymswap.utils.inputs import output_of, placed, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
@@ -215,8 +215,7 @@ def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False
     """Return the model's number of classes; SourceError for fewer than the data's, with `exact` also for more."""
     known = data.preprocessing
     image = torch.zeros(known.channels, *known.size) if exact else data[0][0]
-    with eval_mode(model), torch.inference_mode():
-        return check_scores(model(*placed(model, (image[None],))), data, exact).shape[1]
+    return check_scores(output_of(model, (image[None],)), data, exact).shape[1]
 
 
 def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
