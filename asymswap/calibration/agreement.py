@@ -26,7 +26,6 @@ from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Agreement, Score
 from asymswap.utils.inputs import copied, output_of
-from asymswap.utils.tensors import eval_mode
 
 MEASURED = 4096  # samples to hold back where a loss of tenths of a point is to be seen; a half at most
 _VALUES = 512  # samples of which values are compared, at most: each says more than the class of a sample does
@@ -104,11 +103,10 @@ class Restored(Evaluator):
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
         each: list[float] = []
-        with eval_mode(model), torch.inference_mode():
-            for noisy, (clean,) in self._batches:
-                images, right = (one.cpu() * self._std + self._mean for one in (model(*copied(noisy)), clean))
-                each += psnr(images.clamp(0, 1), right)
-                progress(len(each), self.images or 0)
+        for noisy, (clean,) in self._batches:
+            images, right = (one.cpu() * self._std + self._mean for one in (output_of(model, copied(noisy)), clean))
+            each += psnr(images.clamp(0, 1), right)
+            progress(len(each), self.images or 0)
         return Measured((Score("PSNR", sum(each) / len(each), "dB"),), tuple(each))
 
 

@@ -316,19 +316,18 @@ class _Paired(Evaluator):
     def outputs(self, model: nn.Module, steps: list[Any], progress: Steps) -> Iterator[tuple[Any, Path, Path]]:
         """Yield what the model returns for each image, in batches of one, and the paths of the pair."""
         transform = v2.Compose([*steps, *to_input(self.known)])
-        with eval_mode(model), torch.inference_mode():
-            for done, (path, target) in enumerate(self.pairs, 1):
-                image = transform(read_picture(path, self.mode))
-                try:
-                    output = model(*placed(model, (image[None],)))
-                except Exception as error:
-                    # The network's own code may raise anything for an image that it does not take.
-                    what = f"'{path}' ({_shape(image)}): {reason_of(error)}"
-                    raise SourceError(f"the model does not run on {what}") from error
-                if any(bool(tensor.isnan().any()) for tensor in list_tensors(output)):
-                    raise SourceError(f"the model makes NaN of '{path}'")
-                yield output, path, target
-                progress(done, len(self.pairs))
+        for done, (path, target) in enumerate(self.pairs, 1):
+            image = transform(read_picture(path, self.mode))
+            try:
+                output = output_of(model, (image[None],))
+            except Exception as error:
+                # The network's own code may raise anything for an image that it does not take.
+                what = f"'{path}' ({_shape(image)}): {reason_of(error)}"
+                raise SourceError(f"the model does not run on {what}") from error
+            if any(bool(tensor.isnan().any()) for tensor in list_tensors(output)):
+                raise SourceError(f"the model makes NaN of '{path}'")
+            yield output, path, target
+            progress(done, len(self.pairs))
 
 
 def _shape(value: Any) -> str:
