@@ -27,7 +27,7 @@ from asymswap.models import preprocessing as pre
 from asymswap.models.opened import OpenedModel
 from asymswap.types import Preprocessing
 from asymswap.utils.inputs import output_of
-from asymswap.utils.tensors import hooked, seeded
+from asymswap.utils.tensors import StopForward, hooked, seeded
 
 _NORMS = 4  # later batch norms say less: differences from the training images add up from layer to layer
 _IMAGES, _PIXELS = 64, 2**21  # how much to look at: fewer images if they are large
@@ -153,10 +153,6 @@ def _keeps_statistics(module: nn.Module) -> bool:
     return isinstance(variance, Tensor) and bool((mean != 0).any() or (variance != 1).any())
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass after the last batch norm that is needed."""
-
-
 def _distances(model: nn.Module, norms: Sequence[str], images: Tensor) -> list[float]:
     """Return the distances at the first calls of batch norms, in order."""
     calls: list[tuple[Any, Tensor, Tensor]] = []
@@ -166,13 +162,13 @@ def _distances(model: nn.Module, norms: Sequence[str], images: Tensor) -> list[f
         every = [dim for dim in range(got.dim()) if dim != 1]
         calls.append((model.get_submodule(name), got.mean(every) * share, got.square().mean(every) * share))
         if len(calls) == _NORMS:
-            raise _EnoughError
+            raise StopForward
 
     batches, distances = [], []
     with hooked(model, norms, before=see):
         for batch in images.split(max(1, _PIXELS // 8 // images[0, 0].numel())):
             share, calls = len(batch) / len(images), []
-            with contextlib.suppress(_EnoughError):
+            with contextlib.suppress(StopForward):
                 output_of(model, (batch,))
             batches.append(calls)
     for column in zip(*batches, strict=False):
