@@ -24,8 +24,8 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.benchmark import Result
 from asymswap.results.evaluate import ComparedRow, Comparison, OutputGap, Score, TimingRow
-from asymswap.utils.inputs import Inputs, placed, portions
-from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
+from asymswap.utils.inputs import Inputs, output_of, portions
+from asymswap.utils.tensors import list_tensors, map_tensors, seeded
 
 
 @shows_progress
@@ -157,5 +157,4 @@ def _gap(
 
 def _run(opened: OpenedModel, inputs: Inputs) -> Any:
     """Return the model's outputs in eval mode, on the processor."""
-    with eval_mode(opened.model), torch.inference_mode():
-        return map_tensors(opened.model(*placed(opened.model, inputs)), lambda tensor: tensor.cpu())
+    return map_tensors(output_of(opened.model, inputs), lambda tensor: tensor.cpu())

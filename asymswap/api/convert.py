@@ -43,8 +43,8 @@ from asymswap.results import convert as results
 from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Site, Swap
 from asymswap.utils.files import check_output, write_file
-from asymswap.utils.inputs import placed, portions, samples_in, samples_of, sizes
-from asymswap.utils.tensors import device_of, eval_mode, exact_convs, list_tensors
+from asymswap.utils.inputs import output_of, placed, portions, samples_in, samples_of, sizes
+from asymswap.utils.tensors import device_of, exact_convs, list_tensors
 
 # A loss that is told in the first line: points, decibels, and the relative change of outputs that nothing else judges.
 _MUCH, _MUCH_CHANGED = {"%": 0.01, "dB": 0.3}, 0.2
@@ -347,8 +347,7 @@ def _make_report(
         probed += f", compared at the outputs of {len(parts)} parts"
     fidelity = measure_fidelity(opened.model, converted.model, plan, inputs, parts)
     if not math.isfinite(fidelity.output.largest):
-        with eval_mode(opened.model), torch.no_grad():
-            outputs = [tensor for portion in portions(inputs) for tensor in list_tensors(opened.model(*portion))]
+        outputs = list_tensors([output_of(opened.model, portion) for portion in portions(inputs)])
         if all(bool(tensor.isfinite().all()) for tensor in outputs):
             raise AsymswapError(
                 "the converted model's output is not finite, where the original's is, so nothing is written; give it "

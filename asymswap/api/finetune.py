@@ -37,8 +37,8 @@ from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import check_output
-from asymswap.utils.inputs import placed
-from asymswap.utils.tensors import deep_copy, eval_mode
+from asymswap.utils.inputs import output_of
+from asymswap.utils.tensors import deep_copy
 
 
 @dataclass
@@ -275,8 +275,7 @@ def _samples(
     if labels and distills:
         # They are learned where the model gives class scores for an image.
         known = opened.preprocessing
-        with eval_mode(opened.model), torch.inference_mode():
-            output = opened.model(*placed(opened.model, (torch.zeros(1, known.channels, *known.size),)))
+        output = output_of(opened.model, (torch.zeros(1, known.channels, *known.size),))
         labels = isinstance(output, torch.Tensor) and output.ndim == 2
     if labels:
         images(unlabelled=False)  # which checks the classes

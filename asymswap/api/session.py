@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import nn
 
 from asymswap.calibration.agreement import Against
@@ -31,8 +30,8 @@ from asymswap.reporting import format as fmt
 from asymswap.results.convert import CalibrationRow, DropRow, LatencyRow
 from asymswap.types import Plan, Progress, Site, Swap
 from asymswap.utils.distributed import ALONE
-from asymswap.utils.inputs import portions
-from asymswap.utils.tensors import device_of, eval_mode, first_not_finite
+from asymswap.utils.inputs import output_of, portions
+from asymswap.utils.tensors import device_of, first_not_finite
 
 _LEAST = 1e-3  # how near to the least fraction of the MACs
 _STEPS = 40  # fractions at which plans are made, to see what they predict
@@ -212,9 +211,7 @@ class Session:
             if self.traced.on_meta:
                 costs = count_costs(converted, opened.example(), [site.name for site in sites])
             else:
-                inputs = opened.probe()
-                with eval_mode(converted), torch.no_grad():
-                    converted(*next(iter(portions(inputs))))
+                output_of(converted, next(portions(opened.probe())))
                 costs = count_swapped(self.costs, converted, sites)
         for site in sites if self.traced.on_meta else ():
             change = describe_calls(site.name, costs.calls[site.name], site.calls)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asymswap.calibration.calibrate import in_memory
 from asymswap.calibration.config import Calibration, OutputKind
 from asymswap.calibration.gather import output_kind
 from asymswap.data.datasets import paired_files
@@ -26,8 +25,7 @@ from asymswap.graph.trace import Trace
 from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Agreement, Score
-from asymswap.utils.inputs import copied
-from asymswap.utils.tensors import eval_mode
+from asymswap.utils.inputs import copied, output_of
 
 MEASURED = 4096  # samples to hold back where a loss of tenths of a point is to be seen; a half at most
 _VALUES = 512  # samples of which values are compared, at most: each says more than the class of a sample does
@@ -100,17 +98,15 @@ class Restored(Evaluator):
     def suits(self, model: nn.Module) -> bool:
         """Return True if the network makes images of the size of its inputs."""
         (noisy, (clean,)) = self._batches[0]
-        with eval_mode(model), torch.inference_mode():
-            output = model(*copied(noisy))
+        output = output_of(model, copied(noisy))
         return isinstance(output, Tensor) and isinstance(clean, Tensor) and output.shape == clean.shape
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
         each: list[float] = []
-        with eval_mode(model), torch.inference_mode():
-            for noisy, (clean,) in self._batches:
-                images, right = (one.cpu() * self._std + self._mean for one in (model(*copied(noisy)), clean))
-                each += psnr(images.clamp(0, 1), right)
-                progress(len(each), self.images or 0)
+        for noisy, (clean,) in self._batches:
+            images, right = (one.cpu() * self._std + self._mean for one in (output_of(model, copied(noisy)), clean))
+            each += psnr(images.clamp(0, 1), right)
+            progress(len(each), self.images or 0)
         return Measured((Score("PSNR", sum(each) / len(each), "dB"),), tuple(each))
 
 
@@ -136,7 +132,7 @@ def on_held_back(opened: OpenedModel, calibration: Calibration, traced: Trace | 
 
 
 def _held_back(opened: OpenedModel, calibration: Calibration) -> Batches:
-    return in_memory(open_inputs(opened, calibration.given(), 1, memory_gib=calibration.memory_gib)[1])
+    return open_inputs(opened, calibration.given(), 1, memory_gib=calibration.memory_gib)[1]
 
 
 def _some(batches: Batches) -> Batches:

@@ -1,6 +1,5 @@
 """Calibration of a model: images from a data reference, statistics from them or from a file."""
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,8 @@ from asymswap.planning.apply import apply_plan
 from asymswap.types import Plan, Progress, Site, UserData, silent
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.files import check_output
-from asymswap.utils.inputs import Inputs, placed, samples_in
-from asymswap.utils.tensors import device_of, eval_mode, list_tensors, seeded, store_
+from asymswap.utils.inputs import Inputs, output_of, samples_in
+from asymswap.utils.tensors import device_of, seeded, store_
 
 PROBED = 32  # samples on which outputs are compared layer by layer, at most
 UNSEEN = "did not run on the calibration images"  # why a conv without statistics is kept
@@ -125,8 +124,7 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
         tensor.data = tensor.data.to(torch.float32)
     try:
         # The model's own code may insist on its precision: then we solve in that.
-        with eval_mode(copied), torch.no_grad():
-            copied(*placed(copied, opened.probe(1)))
+        output_of(copied, opened.probe(1))
     except Exception:
         return opened
     return replace(opened, model=copied)
@@ -190,17 +188,10 @@ def some_inputs(reference: str | None, opened: OpenedModel, seed: int, images: i
     return (images_NCHW,), f"{len(images_NCHW)} images of {reference} (seed {seed})"
 
 
-def in_memory(batches: Batches) -> Batches:
-    """Return the same batches, kept in memory once they are read if all fit into a GiB."""
-    bytes_each = sum(tensor.nbytes for tensor in list_tensors(batches.load(0))) / batches.counts[0]
-    return replace(batches, load=functools.cache(batches.load)) if batches.count * bytes_each < 2**30 else batches
-
-
 def _open_images(opened: OpenedModel, calibration: Calibration) -> tuple[Images, Batches]:
     """Return this process's share of the chosen batches, and those held back."""
     memory_gib, seed, team = calibration.memory_gib, calibration.seed, calibration.team
     chosen, held_back = open_inputs(opened, calibration.given(), calibration.images, seed, memory_gib)
-    chosen = in_memory(chosen)
     batches = lambda: ((number, chosen.load(number)) for number, _ in team.share(chosen.counts))  # noqa: E731
     return Images(batches, chosen.count, memory_gib, seed, team), held_back
 

@@ -1,5 +1,7 @@
 """The settings of calibration: one dataclass that checks its values, and from which the command line is made."""
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,9 +99,9 @@ class Calibration:
         if self.outputs is not None:
             check_choice("the kind of outputs", self.outputs, get_args(OutputKind))
         if isinstance(self.data, Iterator):
-            from asymswap.utils.inputs import Replayed  # loads torch, which the command line does without
-
-            object.__setattr__(self, "data", Replayed(self.data))
+            # What was read is kept, for copies that read it again.
+            (start,) = itertools.tee(self.data, 1)
+            object.__setattr__(self, "data", lambda: (batch for batch in copy.copy(start)))
 
     def given(self) -> UserData:
         """Return the data with all that says how it becomes inputs; raise AsymswapError for noise that is none."""

@@ -32,7 +32,7 @@ from asymswap.types import Progress, Site, Strict, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import whole_file
 from asymswap.utils.inputs import Inputs, copied, samples_in
-from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, list_tensors, map_tensors, tensors_hash
+from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, hooked, list_tensors, map_tensors, tensors_hash
 
 Batches = Callable[[], Iterable[tuple[int, Inputs]]]
 """Returns a new iterator over the same batches of the forward's arguments, with their numbers, at every call."""
@@ -163,10 +163,8 @@ def output_kind(model: nn.Module, batches: Batches, classes: int | None = None) 
     an offset common to all.
     """
     norms, seen = list[Tensor](), list[Tensor]()
-    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
-                hooks.enter_context(module.register_forward_hook(lambda _, __, output: norms.append(output)))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm1d | nn.LayerNorm)]
+    with hooked(model, names, after=lambda *given: norms.append(given[-1])), eval_mode(model), torch.no_grad():
         for _, batch in batches():
             norms.clear()
             output, *others = list_tensors(model(*copied(batch))) or [torch.empty(0)]

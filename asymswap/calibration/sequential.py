@@ -31,7 +31,7 @@ from asymswap.graph.trace import conv_hooks, conv_input, node_operation
 from asymswap.types import Plan, Progress, Site, silent
 from asymswap.utils.distributed import Team
 from asymswap.utils.inputs import Inputs, copied
-from asymswap.utils.tensors import eval_mode, list_tensors, to_meta
+from asymswap.utils.tensors import StopForward, eval_mode, list_tensors, to_meta
 
 Env = dict[fx.Node, Any]
 
@@ -113,10 +113,6 @@ def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team
     return replace(bare, target_GOD=target_GOD)
 
 
-class _Stop(BaseException):
-    """Ends a forward pass; no `except Exception` in a model's code catches it."""
-
-
 class _Target(NamedTuple):
     """The original network at one site for one batch."""
 
@@ -163,12 +159,12 @@ def _stop_at_sites(
 
         def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
             inputs.append(conv_input(args, kwargs))
-            raise _Stop
+            raise StopForward
 
         with converted.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True):
             for number, batch in images.batches():
                 inputs.clear()
-                with suppress(_Stop):
+                with suppress(StopForward):
                     converted(*copied(batch))
                 target = targets.get(number)
                 if [one.shape for one in inputs] != ([] if target is None else [target.input]):

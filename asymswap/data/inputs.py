@@ -6,7 +6,7 @@ data compares outputs on the same held-back inputs.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -137,7 +137,7 @@ def held_back_of(total: int, given: UserData) -> tuple[list[int], list[int]]:
 
 
 def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indices: Sequence[int]) -> Batches:
-    """Return batches of chosen samples, of about as many numbers each."""
+    """Return batches of chosen samples, of about as many numbers each; up to a GiB is kept once it is read."""
 
     def load(groups: Sequence[Sequence[int]], number: int) -> Inputs:
         group = list(groups[number])
@@ -152,12 +152,15 @@ def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indi
             return placed(model, ([*batch[0]] if data.preprocessing.form == "image-list" else batch[0],))
         return placed(model, arguments_of(model, batch, given.inputs))
 
-    area = max(one.shape[-2:].numel() if one.dim() > 2 else 1 for one in list_tensors(load([indices[:1]], 0)))
-    size = max(4, min(128, _PIXELS // area))
+    first = list_tensors(load([indices[:1]], 0))
+    size = max(4, min(128, _PIXELS // max(one.shape[-2:].numel() if one.dim() > 2 else 1 for one in first)))
     groups = [indices[start : start + size] for start in range(0, len(indices), size)]
+    loaded: Callable[[int], Inputs] = partial(load, groups)
+    if len(indices) * sum(one.nbytes for one in first) < 2**30:
+        loaded = cache(loaded)
     about = given.reference if isinstance(data, _Rows) else type(data).__name__
     about = data.description if isinstance(data, LabelledImages) else f"{len(data)} samples of {about or 'a tensor'}"  # type: ignore[arg-type]
-    return Batches(tuple(map(len, groups)), partial(load, groups), about)
+    return Batches(tuple(map(len, groups)), loaded, about)
 
 
 def _read(model: nn.Module, data: Iterable[Any], given: UserData, count: int, memory_gib: float) -> Parts:

@@ -30,7 +30,7 @@ from asymswap.results.evaluate import Score
 from asymswap.results.records import read_provenance
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import ALONE, Team
-from asymswap.utils.inputs import placed, sizes
+from asymswap.utils.inputs import output_of, placed, sizes
 from asymswap.utils.tensors import eval_mode, list_tensors
 
 
@@ -215,8 +215,7 @@ def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False
     """Return the model's number of classes; SourceError for fewer than the data's, with `exact` also for more."""
     known = data.preprocessing
     image = torch.zeros(known.channels, *known.size) if exact else data[0][0]
-    with eval_mode(model), torch.inference_mode():
-        return check_scores(model(*placed(model, (image[None],))), data, exact).shape[1]
+    return check_scores(output_of(model, (image[None],)), data, exact).shape[1]
 
 
 def check_scores(output: object, data: LabelledImages, exact: bool = False) -> Tensor:
@@ -317,19 +316,18 @@ class _Paired(Evaluator):
     def outputs(self, model: nn.Module, steps: list[Any], progress: Steps) -> Iterator[tuple[Any, Path, Path]]:
         """Yield what the model returns for each image, in batches of one, and the paths of the pair."""
         transform = v2.Compose([*steps, *to_input(self.known)])
-        with eval_mode(model), torch.inference_mode():
-            for done, (path, target) in enumerate(self.pairs, 1):
-                image = transform(read_picture(path, self.mode))
-                try:
-                    output = model(*placed(model, (image[None],)))
-                except Exception as error:
-                    # The network's own code may raise anything for an image that it does not take.
-                    what = f"'{path}' ({_shape(image)}): {reason_of(error)}"
-                    raise SourceError(f"the model does not run on {what}") from error
-                if any(bool(tensor.isnan().any()) for tensor in list_tensors(output)):
-                    raise SourceError(f"the model makes NaN of '{path}'")
-                yield output, path, target
-                progress(done, len(self.pairs))
+        for done, (path, target) in enumerate(self.pairs, 1):
+            image = transform(read_picture(path, self.mode))
+            try:
+                output = output_of(model, (image[None],))
+            except Exception as error:
+                # The network's own code may raise anything for an image that it does not take.
+                what = f"'{path}' ({_shape(image)}): {reason_of(error)}"
+                raise SourceError(f"the model does not run on {what}") from error
+            if any(bool(tensor.isnan().any()) for tensor in list_tensors(output)):
+                raise SourceError(f"the model makes NaN of '{path}'")
+            yield output, path, target
+            progress(done, len(self.pairs))
 
 
 def _shape(value: Any) -> str:

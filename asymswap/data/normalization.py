@@ -25,9 +25,9 @@ from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.errors import SourceError, TraceError, reason_of
 from asymswap.models import preprocessing as pre
 from asymswap.models.opened import OpenedModel
-from asymswap.types import Preprocessing, Size
-from asymswap.utils.inputs import placed
-from asymswap.utils.tensors import eval_mode, hooked, seeded
+from asymswap.types import Preprocessing
+from asymswap.utils.inputs import output_of
+from asymswap.utils.tensors import StopForward, hooked, seeded
 
 _NORMS = 4  # later batch norms say less: differences from the training images add up from layer to layer
 _IMAGES, _PIXELS = 64, 2**21  # how much to look at: fewer images if they are large
@@ -91,14 +91,10 @@ def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> 
     """Return the preprocessing with the size of the input, and a warning if the size is a guess."""
     if known.size_from not in ("assumed", "family"):
         return known, ()
-    sizes: set[Size] = set()
-    for picture in _readable(data.picture, order[:_IMAGES]):
-        height, width = v2.functional.get_size(picture)
-        sizes.add((height, width))
-        if len(sizes) > 1:
-            break
-    native = sizes.pop() if len(sizes) == 1 else None
-    if native is None:
+    pictures = _readable(data.picture, order[:_IMAGES])
+    sizes = ((height, width) for height, width in map(v2.functional.get_size, pictures))
+    native = next(sizes, None)
+    if native is None or any(other != native for other in sizes):
         return known, pre.size_warning(known)
     if known.size_from == "family":
         if 2 * max(native) > min(known.size):
@@ -120,7 +116,7 @@ def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label:
     if own == _OWN:
         candidates = {_OWN: pre.Normalization(known.mean, known.std, known.bgr)} | candidates
     try:
-        _run(model, _normalized(images[:1], candidates[own]))
+        output_of(model, (_normalized(images[:1], candidates[own]),))
         norms = [name for name, module in model.named_modules() if _keeps_statistics(module)]
         if not norms:
             return _Answer({}, silence="it has no batch norm with statistics of its training")
@@ -149,21 +145,12 @@ def _ask(model: nn.Module, known: Preprocessing, found: Sequence[Tensor], label:
     return _Answer(distances, frozenset(alike))
 
 
-def _run(model: nn.Module, images: Tensor) -> None:
-    with eval_mode(model), torch.no_grad():
-        model(*placed(model, (images,)))
-
-
 def _keeps_statistics(module: nn.Module) -> bool:
     """Return whether it is a batch norm, of any class, that has seen training: new ones have mean 0, variance 1."""
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) or not isinstance(mean, Tensor) or mean.is_meta:
         return False
     return isinstance(variance, Tensor) and bool((mean != 0).any() or (variance != 1).any())
-
-
-class _EnoughError(Exception):
-    """Ends a forward pass after the last batch norm that is needed."""
 
 
 def _distances(model: nn.Module, norms: Sequence[str], images: Tensor) -> list[float]:
@@ -175,14 +162,14 @@ def _distances(model: nn.Module, norms: Sequence[str], images: Tensor) -> list[f
         every = [dim for dim in range(got.dim()) if dim != 1]
         calls.append((model.get_submodule(name), got.mean(every) * share, got.square().mean(every) * share))
         if len(calls) == _NORMS:
-            raise _EnoughError
+            raise StopForward
 
     batches, distances = [], []
     with hooked(model, norms, before=see):
         for batch in images.split(max(1, _PIXELS // 8 // images[0, 0].numel())):
             share, calls = len(batch) / len(images), []
-            with contextlib.suppress(_EnoughError):
-                _run(model, batch)
+            with contextlib.suppress(StopForward):
+                output_of(model, (batch,))
             batches.append(calls)
     for column in zip(*batches, strict=False):
         (norm, *_), means, squares = zip(*column, strict=True)

@@ -131,7 +131,6 @@ def _hash(state: Mapping[str, Any]) -> str:
 
 def _step_of(line: str) -> float:
     """Return the step of a line of metrics, infinity for a truncated line."""
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    return float("inf")

@@ -1,8 +1,6 @@
 """Inputs of a network's forward: made by its preprocessing, or taken out of a user's batches."""
 
-import copy
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from inspect import Parameter
 from typing import Any
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from asymswap.errors import SourceError, call, reason_of
 from asymswap.types import Preprocessing
-from asymswap.utils.tensors import list_tensors, map_tensors, seeded
+from asymswap.utils.tensors import eval_mode, list_tensors, map_tensors, seeded
 
 Inputs = tuple[Any, ...]
 """The positional arguments of one forward pass."""
@@ -85,16 +83,6 @@ def _resampled(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
     return tuple(map(resample, inputs))
 
 
-class Replayed:
-    """The items of an iterator, which gives them once, for any number of readings: what was read is kept."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        (self._start,) = itertools.tee(iterator, 1)
-
-    def __iter__(self) -> Iterator[Any]:
-        return copy.copy(self._start)
-
-
 def arguments_of(model: nn.Module, batch: Any, inputs: Callable[[Any], Any] | None = None) -> Inputs:
     """Return the arguments of the model's forward that a batch holds; raise SourceError where they do not fit it.
 
@@ -140,6 +128,12 @@ def placed(model: nn.Module, inputs: Inputs) -> Inputs:
         inputs, lambda one: one.to(own.device, own.dtype if one.is_floating_point() else one.dtype)
     )
     return moved
+
+
+def output_of(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model makes of inputs, which are placed for it first, in eval mode and without gradients."""
+    with eval_mode(model), torch.no_grad():
+        return model(*placed(model, inputs))
 
 
 def sizes(inputs: Inputs) -> str:

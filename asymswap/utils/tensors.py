@@ -298,6 +298,10 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+class StopForward(BaseException):
+    """Ends a forward pass where a hook raises it; no `except Exception` in a model's code catches it."""
+
+
 @contextmanager
 def hooked(
     model: nn.Module,

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from asymswap.calibration.config import Calibration
 from asymswap.data.inputs import HELD_BACK, Batches, open_inputs, settle_on
 from asymswap.errors import SourceError
 from asymswap.models.opening import open_model
 from asymswap.types import Patches, Preprocessing, UserData
-from asymswap.utils.inputs import Replayed, arguments_of
+from asymswap.utils.inputs import arguments_of
 
 
 class Two(nn.Module):
@@ -78,7 +79,7 @@ def test_batches_are_taken_in_order_and_the_first_are_held_back(kind: str) -> No
         "list": list(samples.split(10)),
         "loader": loader,
         "function": lambda: iter(loader),
-        "generator": Replayed(iter(loader)),
+        "generator": Calibration(iter(loader)).data,
         "dataset of batches": [(batch, None) for batch in samples.split(10)],
     }[kind]
     chosen, held = opened(data, 35)
