@@ -14,11 +14,10 @@ sampled positions of each output alone; the converted network runs for every sit
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -69,8 +68,7 @@ def refine_(
     """
     names = refinable(sites, plan)
     swaps = {swap.site: swap for swap in plan.swaps if swap.site in names}
-    by_name = {site.name: site for site in sites}
-    chosen = [by_name[name] for name in swaps]
+    chosen = {site.name: site for site in sites if site.name in swaps}
     found = Refined()
     with eval_mode(model, converted), torch.inference_mode():
         walk = _walk_graph(model, converted, chosen, images, example)
@@ -117,27 +115,14 @@ class _Stop(BaseException):
     """Ends a forward pass; no `except Exception` in a model's code catches it."""
 
 
-class _Target(NamedTuple):
-    """The original network at one site for one batch."""
-
-    input: torch.Size
-    at: tuple[Tensor, Tensor]  # some positions
-    outputs_GON: Tensor  # there
+_Target = tuple[torch.Size, tuple[Tensor, Tensor], Tensor]
+"""The original network at one site for one batch: its input's size, some positions, and the outputs_GON there."""
 
 
 def _stop_at_sites(
-    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images
+    model: nn.Module, converted: nn.Module, sites: Mapping[str, Site], images: Images
 ) -> Iterator[tuple[str, PatchSums | str]]:
     """Yield each site in call order, to be solved before the next one, with its sums or why there are none."""
-    by_name = {site.name: site for site in sites}
-
-    def call_order() -> list[str]:
-        """Return the convs in the order in which they run on the first batch."""
-        seen: list[str] = []
-        with conv_hooks(model, lambda name, _, __: seen.append(name)):
-            for _, batch in itertools.islice(images.batches(), 1):
-                model(*copied(batch))
-        return [name for name in dict.fromkeys(seen) if name in by_name]
 
     def targets_of(group: Sequence[Site]) -> dict[str, dict[int, _Target | None]]:
         """Return the targets for each site and batch; None where it runs several times in a forward pass."""
@@ -146,8 +131,8 @@ def _stop_at_sites(
 
         def see(name: str, seen: Tensor, output: Tensor) -> None:
             if name in found:
-                at = images.positions(by_name[name], output, number)
-                target = _Target(seen.shape, at, outputs_at(output, by_name[name].conv.groups, at))
+                at = images.positions(sites[name], output, number)
+                target = seen.shape, at, outputs_at(output, sites[name].conv.groups, at)
                 found[name][number] = None if number in found[name] else target
 
         with conv_hooks(model, see):
@@ -171,18 +156,18 @@ def _stop_at_sites(
                 with suppress(_Stop):
                     converted(*copied(batch))
                 target = targets.get(number)
-                if [one.shape for one in inputs] != ([] if target is None else [target.input]):
+                if [one.shape for one in inputs] != ([] if target is None else [target[0]]):
                     return "it runs on inputs of another size, or another number of times, in the converted network"
                 try:
                     if target is not None:
-                        sums.add(patches_of(sums.conv, inputs[0], target.at), target.outputs_GON)
+                        _, at, outputs_GON = target
+                        sums.add(patches_of(sums.conv, inputs[0], at), outputs_GON)
                 except ValueError:
                     return "its input in the converted network is not finite"
         return None
 
-    order = [by_name[name] for name in images.team.first(call_order)]
     output_bytes = lambda site: 4.0 * images.count * images.each(site) * site.conv.out_channels  # noqa: E731
-    for group in within(images.memory_gib * 2**30, order, output_bytes):
+    for group in within(images.memory_gib * 2**30, list(sites.values()), output_bytes):
         targets = targets_of(group)
         for site in group:
             sums = PatchSums(cast(nn.Conv2d, model.get_submodule(site.name)), targets=True)
@@ -192,7 +177,7 @@ def _stop_at_sites(
 
 
 def _walk_graph(
-    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, example: Inputs
+    model: nn.Module, converted: nn.Module, sites: Mapping[str, Site], images: Images, example: Inputs
 ) -> Iterator[tuple[str, PatchSums]] | None:
     """Yield each site that the graph calls, to be solved before the next one, with its sums.
 
@@ -213,7 +198,7 @@ def _walk_graph(
         wrong = True
     if images.team.sum(torch.tensor(int(wrong))):
         return None
-    return walk.sums(converted, {site.name: site for site in sites}, images, held)
+    return walk.sums(converted, sites, images, held)
 
 
 @dataclass
@@ -231,7 +216,7 @@ class _Walk:
     """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
-        self._root, self._model = root, model
+        self._root, self._model, self._interpreter = root, model, fx.Interpreter(root, False, graph)
         # For the last conv of a branch, the sum's other operand and the inverse scale of the batch norms.
         found = ((node, self._find_residual(node)) for node in graph.nodes)
         self.residuals = {node: residual for node, residual in found if residual is not None}
@@ -324,18 +309,13 @@ class _Walk:
 
     def _run(self, node: fx.Node, model: nn.Module, env: Env, inputs: Inputs) -> Any:
         """Return the value of one node, with the modules of `model`; the inputs are the model's arguments."""
-        args: Any = fx.node.map_arg(node.args, env.__getitem__)
-        kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "placeholder":
             # A copy, since a model may change its input in place.
             return placeholder_value(node, bind(self._model, copied(inputs), {}))
-        if node.op == "get_attr":  # of the root, which has the model's own tensors, and constants of tracing
-            return attrgetter(str(node.target))(self._root)
-        if node.op == "call_module":
-            return model.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return args[0] if node.op == "output" else cast(Callable[..., Any], node.target)(*args, **kwargs)
+        # What is read without a call is the root's, which has the model's own tensors, and constants of tracing.
+        self._interpreter.module = self._root if node.op == "get_attr" else model
+        self._interpreter.env = env
+        return self._interpreter.run_node(node)
 
     def _find_residual(self, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
         """Follow conv [-> batch norm] -> sum, where nothing else reads a value in between."""
