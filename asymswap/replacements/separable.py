@@ -58,10 +58,6 @@ class Settled(SettledPair):
     order: Order
     between: Between = "none"
 
-    @property
-    def vertical_first(self) -> bool:
-        return self.order == "vertical-first"
-
 
 class Separable(Pair):
     settings = Settings
