@@ -75,15 +75,6 @@ def take_over_(replacement: nn.Module, conv: nn.Conv2d, norm: nn.Module | None =
     return replacement
 
 
-def give_back_(fused: nn.Conv2d, replacement: nn.Module) -> nn.Conv2d:
-    """Give a fused conv the memory format of its replacement, and make it trainable if any part of that is."""
-    parameters = list(replacement.parameters())
-    fused.requires_grad_(any(parameter.requires_grad for parameter in parameters))
-    if any(is_channels_last(parameter) for parameter in parameters):
-        fused.to(memory_format=torch.channels_last)
-    return fused
-
-
 def fold_norms(model: nn.Module, inputs: Inputs) -> nn.Module:
     """Return a copy in eval mode that computes the same, where every batch norm that can be is folded into its conv.
 

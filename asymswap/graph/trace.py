@@ -195,19 +195,17 @@ def _alone_in_training(model: nn.Module, inputs: Inputs, neighbours: dict[str, N
     trained, _ = _read_graphs(ghost, traceable_parts(ghost))
     every = [(*module.parameters(recurse=False), *module.buffers(recurse=False)) for module in model.modules()]
     owners = Counter(id(tensor) for tensors in every for tensor in tensors)
-    runs: Counter[int] = Counter()
-    # The copy is not used again: the hooks may stay.
-    for norm in set(pairs.values()):
-        ghost.get_submodule(norm).register_forward_hook(lambda module, *_: runs.update([id(module)]))
+    runs: Counter[str] = Counter()
+    counting = hooked(ghost, set(pairs.values()), after=lambda name, *_: runs.update([name]))
     # What cannot run in train mode, as without its targets, is judged by its graph and by what ran of it.
-    with suppress(Exception), torch.no_grad():
+    with suppress(Exception), torch.no_grad(), counting:
         ghost(*to_meta(inputs))
     found = dict(neighbours)
     for name, norm in pairs.items():
         modes = [(whole.get_submodule(norm).training, whole.get_submodule(name).training) for whole in (model, ghost)]
         own = model.get_submodule(norm)
         shares = any(owners[id(tensor)] > 1 for tensor in (*own.parameters(), *own.buffers()))
-        runs_once = runs[id(ghost.get_submodule(norm))] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
+        runs_once = runs[norm] <= 1 and norm_behind(trained.get(name, ((), ()))[1]) == norm
         if shares or not runs_once or any(one != other for one, other in modes):
             before, after = found[name]
             found[name] = before, tuple(replace(n, alone=False) if n.name == norm else n for n in after)
@@ -264,18 +262,10 @@ def read_conv(conv: nn.Conv2d) -> ConvSpec:
     outputs, inputs, kernel = conv.out_channels, conv.in_channels // conv.groups, _pair(conv.kernel_size)
     if not isinstance(conv.weight, nn.parameter.UninitializedParameter):
         outputs, inputs, *kernel = conv.weight.shape
-    return ConvSpec(
-        in_channels=inputs * conv.groups,
-        out_channels=outputs,
-        kernel=(kernel[0], kernel[1]),
-        stride=_pair(conv.stride),
-        padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-        dilation=_pair(conv.dilation),
-        groups=conv.groups,
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-        dtype=str(conv.weight.dtype).removeprefix("torch."),
-    )
+    padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
+    sizes = (kernel[0], kernel[1]), _pair(conv.stride), padding, _pair(conv.dilation)
+    dtype = str(conv.weight.dtype).removeprefix("torch.")
+    return ConvSpec(inputs * conv.groups, outputs, *sizes, conv.groups, conv.bias is not None, conv.padding_mode, dtype)
 
 
 def find_convs(model: nn.Module) -> dict[str, tuple[nn.Conv2d, tuple[str, ...]]]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from asymswap import replacements
-from asymswap.graph.surgery import give_back_, swap
+from asymswap.graph.surgery import swap
 from asymswap.graph.trace import conv_input, read_conv, read_structure
 from asymswap.planning.apply import apply_plan
 from asymswap.results.convert import FusionRow
 from asymswap.types import ConvSpec, Plan, Progress, Swap, silent
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import additions, eval_mode, hooked, meta_copy
+from asymswap.utils.tensors import additions, eval_mode, hooked, is_channels_last, meta_copy
 
 _WEAKEST = 1e-2  # share of the average scale: a batch norm's channel that scales by no more is not divided by
 
@@ -105,7 +105,10 @@ def _fuse_site(
         if offset > max_offset:
             raise _LeftError(f"it predicts offsets of up to {offset:.3g} pixels")
         reason = f"offsets of at most {offset:.3g} pixels were left out"
-    modules: dict[str, nn.Module] = {entry.site: give_back_(fused, module)}
+    fused.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+    if any(map(is_channels_last, module.parameters())):
+        fused.to(memory_format=torch.channels_last)
+    modules: dict[str, nn.Module] = {entry.site: fused}
     if entry.absorbs is not None:
         _check_unchanged(model.get_submodule(entry.absorbs), nn.Identity(), "the batch norm's place has changed: ")
         absorbed = cast(nn.BatchNorm2d, before.get_submodule(entry.absorbs))

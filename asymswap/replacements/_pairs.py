@@ -53,8 +53,8 @@ class SettledPair(KindSettings):
 
     @property
     def vertical_first(self) -> bool:
-        """True if the first conv has the kernel's rows, and the second one its columns."""
-        return True
+        """True if the first conv has the kernel's rows, and the second one its columns; so it is without an order."""
+        return getattr(self, "order", "vertical-first") == "vertical-first"
 
 
 class Pair(Replacement):

@@ -58,10 +58,6 @@ class Settled(SettledPair):
     order: Order
     between: Between = "none"
 
-    @property
-    def vertical_first(self) -> bool:
-        return self.order == "vertical-first"
-
 
 class Separable(Pair):
     settings = Settings
@@ -142,21 +138,20 @@ class Separable(Pair):
         """
         if "relu" in settings.between:
             return None
-        (first, *_, second), norm = cast(Any, module), getattr(module, "norm", None)
-        weight, bias_O = _convs.float64(first.weight), None if second.bias is None else _convs.float64(second.bias)
-        if norm is not None:
-            scale_R, shift_R = _convs.affine(norm)
-            weight = weight * scale_R[:, None, None, None]
-            # A shift that is mere rounding is none.
-            own = _convs.float64(norm.bias).abs()
-            rounding = 4 * torch.finfo(norm.weight.dtype).eps * (own + (own - shift_R).abs())
-            shift_R = torch.where(shift_R.abs() > rounding, shift_R, 0.0)
-            if bool(shift_R.any()):
-                if conv.padding_mode == "zeros" and any(_convs.margins(conv)[1 if settings.vertical_first else 0]):
-                    return None
-                shift_O = svd.carried(shift_R.unflatten(0, (conv.groups, -1)), second.weight)
-                bias_O = shift_O if bias_O is None else bias_O + shift_O
-        return merge(conv, weight, second, bias_O)
+        if settings.between == "none":
+            return super().fuse(module, conv, settings)
+        first, norm, second = cast(Any, module)
+        (scale_R, shift_R), bias_O = _convs.affine(norm), second.bias
+        # A shift that is mere rounding is none.
+        own = _convs.float64(norm.bias).abs()
+        rounding = 4 * torch.finfo(norm.weight.dtype).eps * (own + (own - shift_R).abs())
+        shift_R = torch.where(shift_R.abs() > rounding, shift_R, 0.0)
+        if bool(shift_R.any()):
+            if conv.padding_mode == "zeros" and any(_convs.margins(conv)[1 if settings.vertical_first else 0]):
+                return None
+            shift_O = svd.carried(shift_R.unflatten(0, (conv.groups, -1)), second.weight)
+            bias_O = shift_O if bias_O is None else _convs.float64(bias_O) + shift_O
+        return merge(conv, _convs.float64(first.weight) * scale_R[:, None, None, None], second, bias_O)
 
 
 def _read_taps(first: nn.Conv2d, conv: nn.Conv2d) -> list[int]:
