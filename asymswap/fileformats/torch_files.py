@@ -41,12 +41,9 @@ _PIECE, _UNPACKED, _UNPACKED_RATIO = 2**18, 64 * 2**20, 8
 """torch.save compresses nothing. What somebody compressed afterwards may be larger than this, and by this factor."""
 
 # A file that names another one of these modules or names wants more than to store something, and is not read at all.
-_STORING = {
-    "builtins": ("bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-                 "slice", "str", "tuple"),
-    "copyreg": ("_reconstructor",),
-    "types": ("SimpleNamespace",),
-    "_codecs": ("encode",),
+_TYPES = (bytearray, bytes, complex, dict, float, frozenset, int, list, object, range, set, slice, str, tuple)
+_STORING = {f"builtins.{kind.__name__}" for kind in _TYPES} | {
+    "copyreg._reconstructor", "types.SimpleNamespace", "_codecs.encode",
 }  # fmt: skip
 _STORING_MODULES = ("argparse", "collections", "datetime", "decimal", "fractions", "pathlib", "uuid", "zoneinfo")
 _RUNS_CODE = (
@@ -170,9 +167,8 @@ def refusal(unread: Iterable[str], label: str, instead: str = _INSTEAD) -> Sourc
 
 def _wants_code(name: str) -> bool:
     """True for a global of the kind that runs something, rather than stores something."""
-    module, _, attribute = name.rpartition(".")
-    root = module.partition(".")[0]
-    stores = attribute in _STORING.get(module, ()) or root in _STORING_MODULES
+    root = name.partition(".")[0]
+    stores = name in _STORING or root in _STORING_MODULES
     return name.startswith(_RUNS_CODE) or (root in sys.stdlib_module_names and not stores)
 
 
