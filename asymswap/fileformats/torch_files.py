@@ -75,18 +75,19 @@ class Entries:
         """Return the first entry whose name matches, from the right, as paths do."""
         return next((name for pattern in patterns for name in self.sizes if PurePosixPath(name).match(pattern)), None)
 
-    def _info(self, name: str) -> zipfile.ZipInfo:
+    def info(self, name: str) -> zipfile.ZipInfo:
+        """Return what the archive says of an entry; raise MalformedError where it is missing."""
         if name not in self.sizes:
             raise MalformedError(f"entry {name} is missing")
         return self._archive.getinfo(name)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry; raise MalformedError where it is missing."""
-        return self._archive.read(self._info(name))
+        return self._archive.read(self.info(name))
 
     def storage(self, name: str) -> torch.UntypedStorage:
         """Return the bytes of an entry as memory for tensors; raise MalformedError where it is missing."""
-        info, found = self._info(name), 0
+        info, found = self.info(name), 0
         memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
         place = memory.numpy().data
         with self._archive.open(info) as file:
