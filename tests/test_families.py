@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from torch import Tensor, nn
 from torchvision import models
 
 import asymswap
 from asymswap.models import torchvision_models
-from asymswap.models.builders import build
 from asymswap.types import Preprocessing
 from asymswap.utils.inputs import Inputs, probe
 from asymswap.utils.tensors import list_tensors, map_tensors

@@ -20,7 +20,7 @@ NAMES = models.list_models(models)
 def build(name: str) -> nn.Module:
     """The network in eval mode, its weights on the meta device: the largest would hold 2.5 GB."""
     with WithoutMemory(torch.empty):
-        return builders.build(f"torchvision:{name}", {}).eval().to("meta")
+        return builders.family_of(f"torchvision:{name}").build(f"torchvision:{name}", {}).eval().to("meta")
 
 
 def torch_counts(model: nn.Module, image: torch.Tensor) -> FlopCounterMode:

@@ -142,13 +142,11 @@ def _exported(entries: Entries, path: Path) -> State:
             meta, name = entry["tensor_meta"], listing[: listing.rindex("/") + 1] + str(entry["path_name"])
             if entry["use_pickle"] or meta is None or meta["dtype"] not in _EXPORT_DTYPES:
                 raise MalformedError(f"{name} is a tensor of another class or dtype than networks have")
-            if name not in entries.sizes:
-                raise MalformedError(f"entry {name} is missing")
             dtype, offset = _EXPORT_DTYPES[meta["dtype"]], int(meta["storage_offset"]["as_int"])
             size, stride = (tuple(int(part["as_int"]) for part in meta[which]) for which in ("sizes", "strides"))
             if not all(map(are_sizes, (size, stride, (offset,)))) or len(size) != len(stride):
                 raise MalformedError(f"the sizes of {name} are not those of a tensor")
-            storage = StorageRef(name, dtype, entries.sizes[name] // dtype.itemsize)
+            storage = StorageRef(name, dtype, entries.info(name).file_size // dtype.itemsize)
             found[str(key)] = builder.tensor(TensorRef(storage, offset, size, stride))
         return found
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -41,12 +41,9 @@ _PIECE, _UNPACKED, _UNPACKED_RATIO = 2**18, 64 * 2**20, 8
 """torch.save compresses nothing. What somebody compressed afterwards may be larger than this, and by this factor."""
 
 # A file that names another one of these modules or names wants more than to store something, and is not read at all.
-_STORING = {
-    "builtins": ("bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-                 "slice", "str", "tuple"),
-    "copyreg": ("_reconstructor",),
-    "types": ("SimpleNamespace",),
-    "_codecs": ("encode",),
+_TYPES = (bytearray, bytes, complex, dict, float, frozenset, int, list, object, range, set, slice, str, tuple)
+_STORING = {f"builtins.{kind.__name__}" for kind in _TYPES} | {
+    "copyreg._reconstructor", "types.SimpleNamespace", "_codecs.encode",
 }  # fmt: skip
 _STORING_MODULES = ("argparse", "collections", "datetime", "decimal", "fractions", "pathlib", "uuid", "zoneinfo")
 _RUNS_CODE = (
@@ -78,18 +75,19 @@ class Entries:
         """Return the first entry whose name matches, from the right, as paths do."""
         return next((name for pattern in patterns for name in self.sizes if PurePosixPath(name).match(pattern)), None)
 
-    def _info(self, name: str) -> zipfile.ZipInfo:
+    def info(self, name: str) -> zipfile.ZipInfo:
+        """Return what the archive says of an entry; raise MalformedError where it is missing."""
         if name not in self.sizes:
             raise MalformedError(f"entry {name} is missing")
         return self._archive.getinfo(name)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an entry; raise MalformedError where it is missing."""
-        return self._archive.read(self._info(name))
+        return self._archive.read(self.info(name))
 
     def storage(self, name: str) -> torch.UntypedStorage:
         """Return the bytes of an entry as memory for tensors; raise MalformedError where it is missing."""
-        info, found = self._info(name), 0
+        info, found = self.info(name), 0
         memory = torch.empty_strided((info.file_size,), (1,), dtype=torch.uint8)
         place = memory.numpy().data
         with self._archive.open(info) as file:
@@ -170,9 +168,8 @@ def refusal(unread: Iterable[str], label: str, instead: str = _INSTEAD) -> Sourc
 
 def _wants_code(name: str) -> bool:
     """True for a global of the kind that runs something, rather than stores something."""
-    module, _, attribute = name.rpartition(".")
-    root = module.partition(".")[0]
-    stores = attribute in _STORING.get(module, ()) or root in _STORING_MODULES
+    root = name.partition(".")[0]
+    stores = name in _STORING or root in _STORING_MODULES
     return name.startswith(_RUNS_CODE) or (root in sys.stdlib_module_names and not stores)
 
 

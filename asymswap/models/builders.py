@@ -1,9 +1,7 @@
 """The networks that can be built from a reference alone, of all families, and which of them a state dict belongs to."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
@@ -68,11 +66,6 @@ def canonical(reference: str) -> str | None:
 def family_of(reference: str) -> Family:
     """Return the family of a known network."""
     return next(family for family in FAMILIES if family.canonical(reference) is not None)
-
-
-def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Build the network of a full reference with random weights; raise SourceError for arguments it does not take."""
-    return family_of(reference).build(reference, arguments)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
@@ -21,7 +22,6 @@ from asymswap.data.metrics import predict
 from asymswap.errors import AsymswapError, SourceError
 from asymswap.measure.statistics import mcnemar_exact
 from asymswap.measure.timing import Timing
-from asymswap.models.builders import build
 from asymswap.models.opening import open_model, open_models
 from asymswap.reporting.tables import view
 from asymswap.results.evaluate import AgainstFirst, ComparedRow, Comparison, OutputGap, Score, TimingRow

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from processes import forked
 from torch import Tensor, nn
 
 import asymswap
 from asymswap.api import export as exporting
 from asymswap.measure import runtimes
-from asymswap.models.builders import build
 
 RECIPE = '[[rules]]\nmatch = {{ kernel = "3x3", in_channels = {{ min = 8 }} }}\nswap = {{ {swap} }}\n'
 SWAPS = {

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import build
 from safetensors.torch import save_file
 from torch import fx, nn
-
-from asymswap.models.builders import build
 
 CONVERT = ("convert", "digits-resnet", "--recipe", "3x3-only")
 MODEL = "model.pt"

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import asymswap
-from asymswap.models.builders import build
 
 State = dict[str, Tensor]
 CONVERT = ("convert", "x.pt", "--recipe", "3x3-only", "-o", "out.pt", "--json")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import one_of_each_family
+from families import build, one_of_each_family
 from torch import nn
 from torchvision import models
 
@@ -18,7 +18,6 @@ from asymswap.fileformats.detect import FileKind
 from asymswap.fileformats.pickle_objects import is_allowed_module
 from asymswap.fileformats.state_dict import find_weights
 from asymswap.fileformats.torch_files import from_structure, load_object, to_structure
-from asymswap.models.builders import build
 from asymswap.models.opening import open_model
 from asymswap.utils.tensors import WithoutMemory, meta_copy
 

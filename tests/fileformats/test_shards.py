@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from safetensors.torch import save_file
 from torch import Tensor
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind, resolve, sniff
 from asymswap.fileformats.model_file import fingerprint, read_raw
-from asymswap.models.builders import build
 from asymswap.models.opening import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import known_references, one_of_each_family
+from families import build, known_references, one_of_each_family
 from torch import Tensor, nn
 
 from asymswap.errors import SourceError
 from asymswap.models import torchvision_models
-from asymswap.models.builders import build, family_of
+from asymswap.models.builders import family_of
 from asymswap.utils.tensors import WithoutMemory, allocated, list_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")

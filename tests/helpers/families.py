@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
+from torch import nn
 from torchvision import models
 
-from asymswap.models.builders import OWN, TORCHVISION
+from asymswap.models.builders import OWN, TORCHVISION, family_of
 
 
 def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> list[Any]:
@@ -29,6 +30,11 @@ def one_of_each_family(references: Iterable[str], tried: Iterable[str] = ()) -> 
 def known_references() -> list[str]:
     """Every reference that names a network which needs no further package, in its full form."""
     return OWN.names() + TORCHVISION.names()
+
+
+def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network of a full reference with random weights."""
+    return family_of(reference).build(reference, arguments)
 
 
 def _name(reference: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from families import known_references, one_of_each_family
+from families import build, known_references, one_of_each_family
 from torch import Tensor
 
 from asymswap.errors import SourceError
-from asymswap.models import builders, opening, torchvision_models
+from asymswap.models import opening, torchvision_models
 from asymswap.models.builders import family_of, identify
 from asymswap.models.fingerprints import matches, shapes_of, table
 from asymswap.models.opening import open_model
@@ -154,7 +154,7 @@ def test_old_keys_are_told_too() -> None:
 )
 def test_a_grey_stem_is_read_off_and_rebuilt(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = builders.build(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3}).eval()
+    model = build(f"torchvision:{name}", {"in_channels": 1, "num_classes": 3}).eval()
     torch.save(model.state_dict(), tmp_path / "x.pt")
     for request in ({}, {"arch": name}):
         opened = open_model(tmp_path / "x.pt", **request)
@@ -201,9 +201,9 @@ def test_a_network_that_runs_while_it_is_built_takes_no_more_memory_than_such_ne
 
 def test_channels_as_they_are_change_nothing() -> None:
     torch.manual_seed(0)
-    one = builders.build("torchvision:resnet18", {"in_channels": 3})
+    one = build("torchvision:resnet18", {"in_channels": 3})
     torch.manual_seed(0)
-    assert torch.equal(one.get_parameter("conv1.weight"), builders.build("torchvision:resnet18", {}).conv1.weight)
+    assert torch.equal(one.get_parameter("conv1.weight"), build("torchvision:resnet18", {}).conv1.weight)
 
 
 def test_files_that_torchvision_publishes_are_known_by_their_hash() -> None:
@@ -221,7 +221,7 @@ def test_files_that_torchvision_publishes_are_known_by_their_hash() -> None:
 def test_published_weights_set_what_they_were_trained_with(
     given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.save(builders.build("torchvision:googlenet", {}).state_dict(), tmp_path / "x.pt")
+    torch.save(build("torchvision:googlenet", {}).state_dict(), tmp_path / "x.pt")
     unknown = open_model(tmp_path / "x.pt", **given)  # type: ignore[arg-type]
     assert unknown.origin.arguments == {}
     assert (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import known_references
+from families import build, known_references
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
@@ -18,7 +18,6 @@ from torchvision import models
 import asymswap
 from asymswap.errors import SourceError, TraceError
 from asymswap.graph.trace import trace
-from asymswap.models.builders import build
 from asymswap.models.converted import rebuild
 from asymswap.models.factories import UserCode
 from asymswap.models.fingerprints import near

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import build
 from safetensors.torch import save_file
 from torch import nn
 
 import asymswap
 from asymswap.errors import CheckpointError, SourceError
-from asymswap.models.builders import build, canonical
+from asymswap.models.builders import canonical
 from asymswap.models.converted import rebuild
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import is_file_reference, open_model

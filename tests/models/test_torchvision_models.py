@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import one_of_each_family
+from families import build, one_of_each_family
 from torch import Tensor, nn
 from torchvision import models
 
 from asymswap.errors import SourceError
 from asymswap.models import torchvision_models
-from asymswap.models.builders import build
 from asymswap.models.converted import rebuild
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model

@@ -95,7 +95,7 @@ def start(description: str | None, packages: Sequence[str]) -> tuple[Task, Resul
     parser.add_argument("--scores", type=Path, help="file of what does not depend on the budget: read, else written")
     args = parser.parse_args()
     bundle = torch.load(args.bundle, weights_only=True)
-    model = builders.build(bundle["reference"], bundle["arguments"])
+    model = builders.family_of(bundle["reference"]).build(bundle["reference"], bundle["arguments"])
     model.load_state_dict(bundle["state_dict"])
     task = Task(model.eval(), bundle["calibration"], bundle["test"], args.budget, args.scores)
     return task, Results(task, packages, args.out)
