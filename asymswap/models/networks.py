@@ -35,7 +35,9 @@ def _conv(in_channels: int, out_channels: int, side: int, stride: int = 1) -> nn
 
 
 class _Classifier(nn.Module):
-    """Modules in a row, ReLU behind each batch norm, and a linear layer on the average of the last feature map."""
+    """Stages by name, and a linear layer on the average of the last feature map."""
+
+    stages: list[str]
 
     def _finish_(self, channels: int, num_classes: int) -> None:
         """Add the classifier, and draw every conv's weights, scaled for ReLU by fan-in (He et al. 2015, Rectifiers)."""
@@ -44,13 +46,14 @@ class _Classifier(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """N x channels x H x W to N x classes."""
-        for name, module in self.named_children():
-            if name == "linear":
-                break
-            x = F.relu(module(x)) if name.startswith("bn") else module(x)
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
+    def _run_stages(self, out: Tensor) -> Tensor:
+        for name in self.stages:
+            out = self.get_submodule(name)(out)
+        return out
+
+    def _scores(self, features: Tensor) -> Tensor:
+        """N x C x H x W to N x classes."""
+        return self.linear(F.adaptive_avg_pool2d(features, 1).flatten(1))  # type: ignore[no-any-return]
 
 
 class PadShortcut(nn.Module):
@@ -127,13 +130,18 @@ class ResNet(_Classifier):
         super().__init__()
         self.conv1 = _conv(in_channels, widths[0], 3)
         self.bn1 = nn.BatchNorm2d(widths[0])
+        self.stages = [f"layer{number}" for number in range(1, len(widths) + 1)]
         channels, stride = widths[0], 1
-        for number, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
+        for name, width, depth in zip(self.stages, widths, depths, strict=True):
             first = BasicBlock(channels, width, stride, shortcut, squeeze)
             others = [BasicBlock(width, width, 1, shortcut, squeeze) for _ in range(depth - 1)]
-            self.add_module(f"layer{number}", nn.Sequential(first, *others))
+            self.add_module(name, nn.Sequential(first, *others))
             channels, stride = width, 2
         self._finish_(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x channels x H x W to N x classes."""
+        return self._scores(self._run_stages(F.relu(self.bn1(self.conv1(x)))))
 
 
 class DenseLayer(nn.Module):
@@ -200,8 +208,13 @@ class DenseNet(_Classifier):
             layers = [DenseLayer(channels + i * growth, growth, bottleneck) for i in range(depth)]
             self.add_module(f"dense{number}", nn.Sequential(*layers))
             channels += depth * growth
+        self.stages = [name for name, _ in self.named_children() if name != "conv1"]
         self.bn = nn.BatchNorm2d(channels)
         self._finish_(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x channels x H x W to N x classes."""
+        return self._scores(F.relu(self.bn(self._run_stages(self.conv1(x)))))
 
 
 # The networks of 6n + 2 layers for 32x32 images of He et al. 2015, section 4.2, with option A.
