@@ -27,7 +27,7 @@ from asymswap.measure.statistics import median_interval
 from asymswap.measure.timing import MemoryFormat
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
-from asymswap.utils.tensors import deep_copy, device_of, hooked, list_tensors, map_tensors, on_threads
+from asymswap.utils.tensors import deep_copy, device_of, hooked, map_tensors, on_threads
 
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -186,16 +186,10 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
 
     def fill(tensor: Tensor) -> Tensor:
         if tensor.is_meta:
-            # The images of a list have no batch dimension.
-            shape = (batch, *tensor.shape[1:]) if tensor.dim() >= 4 else tensor.shape
-            tensor = torch.randn(shape, generator=generator).to(tensor.dtype)
+            tensor = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         return tensor.contiguous(memory_format=FORMATS[memory_format]) if tensor.dim() == 4 else tensor
 
-    if all(tensor.is_meta for tensor in list_tensors(example)):
-        example = tuple(item * batch if isinstance(item, list) else item for item in example)
-    else:  # a user's own, of which not every number may be random
-        example = repeated(example, batch)
-    made: Inputs = map_tensors(example, fill)
+    made: Inputs = map_tensors(repeated(example, batch), fill)
     return made
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from asymswap.errors import AsymswapError
 from asymswap.measure import runtimes
 from asymswap.measure.latency import REST, best_of, take_turns
-from asymswap.measure.runtimes import RUNTIMES, Network, compiled, installed, layers_of, prepare_all
+from asymswap.measure.runtimes import RUNTIMES, Network, installed, layers_of, prepare_all
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.utils.tensors import list_tensors
 
@@ -31,6 +32,12 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x).relu()
+
+
+def compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """What torch.compile makes of a network that is placed as it is."""
+    network: Any = SimpleNamespace(placed=lambda _: (model, inputs))
+    return RUNTIMES["compile"].open(network, setting("compile"))[0]
 
 
 @pytest.fixture
