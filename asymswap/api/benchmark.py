@@ -5,15 +5,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 import asymswap
 from asymswap.api.progress import Shows, shows_progress
-from asymswap.errors import AsymswapError, check_choice
-from asymswap.measure.latency import MOST_SECONDS, Bystanders, machine, ratio_of, seconds_of, take_turns, time_models
+from asymswap.errors import AsymswapError
+from asymswap.measure.latency import MOST_SECONDS, REST, Bystanders, best_of, machine, ratio_of, seconds_of, take_turns
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, prepare_all
 from asymswap.measure.timing import DTYPES, MemoryFormat, Precision, Timing
@@ -22,7 +22,6 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import TITLES, Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.results.convert import LatencyRow, TimeRow
 from asymswap.types import Progress
-from asymswap.utils.tensors import on_threads
 
 
 @shows_progress
@@ -50,10 +49,6 @@ def benchmark(
     PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError where a model cannot be
     opened, and where nothing can be run.
     """
-    for runtime in runtimes:
-        check_choice("the runtime", runtime, TITLES)
-    for form in memory_formats:
-        check_choice("the memory format", form, get_args(MemoryFormat))
     threads = threads or (torch.get_num_threads(),)
     if min(*batches, *threads, 1) < 1 or not (runtimes and batches and memory_formats):
         raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
@@ -61,17 +56,17 @@ def benchmark(
         raise AsymswapError("benchmark takes one model or more")
     if rounds < 1 or not seconds > 0:
         raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
-    timing = Timing(rounds=rounds, precision=precision)
+    timings = [
+        Timing(runtime, form, batch, rounds, count, precision)
+        for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
+    ]
     opened = [open_for_verb(model, progress, input_size, example_inputs) for model in models]
     device = str(opened[0].device or "cpu")
     # Each once, for some runtimes have a memory format of their own.
-    every = (
-        Setting(runtime, batch, count, form if RUNTIMES[runtime].has_formats else None, device=device)
-        for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
-    )
+    every = (RUNTIMES[timing.runtime].setting(replace(timing, device=device)) for timing in timings)
     settings = tuple(dict.fromkeys(every))
     costs = tuple(cost_row(one) for one in opened)
-    found, networks, others = _measure(opened, settings, timing, progress, seconds)
+    found, networks, others = _measure(opened, settings, timings[0], progress, seconds)
     results = tuple(found.values())
     if not any(result.rounds for result in results):
         raise AsymswapError("; ".join(dict.fromkeys(result.failure or "" for result in results)))
@@ -183,24 +178,17 @@ def _time_layers(
     both: Sequence[tuple[OpenedModel, Network]], setting: Setting, rounds: int, seconds: float, progress: Progress
 ) -> tuple[tuple[LayerRow, ...], LayerRow]:
     """Time a model's layers beside the first's in eager PyTorch; return what both have, and the rest."""
-    placed = [network.placed(setting) for _, network in both]
-    names = shared_layers(*(model for model, _ in placed))
-    with on_threads(setting.threads):
-        first, own = time_models(
-            {str(number): model for number, (model, _) in enumerate(placed)},
-            {str(number): inputs for number, (_, inputs) in enumerate(placed)},
-            names,
-            rounds=rounds,
-            seconds=seconds,
-            progress=lambda _, done, total: progress("timing layers", done, total),
-        ).values()
+    names = shared_layers(*(network.placed(setting)[0] for _, network in both))
+    turns = {place: RUNTIMES["torch"].probe(network, setting, names) for place, (_, network) in enumerate(both)}
+    step = lambda _, done, total: progress("timing layers", done, total)  # noqa: E731
+    first, own = map(best_of, take_turns(turns, rounds=rounds, seconds=seconds, progress=step).values())
     # MACs of a whole batch, as the times.
     costs = [count_costs(one.model, one.example(), names) for one, _ in both]
     macs = [{name: setting.batch * cost.by_name[name].macs for name in names} for cost in costs]
     left = [setting.batch * cost.total.macs - sum(named.values()) for cost, named in zip(costs, macs, strict=True)]
-    rows = [LayerRow(name, first.modules[name], own.modules[name], macs[0][name], macs[1][name]) for name in names]
+    rows = [LayerRow(name, first[name], own[name], macs[0][name], macs[1][name]) for name in names]
     rows = sorted((row for row in rows if row.first or row.own), key=lambda row: -abs(row.excess))
-    return tuple(rows), LayerRow("outside of them", first.rest, own.rest, *left)
+    return tuple(rows), LayerRow("outside of them", first[REST], own[REST], *left)
 
 
 def _gains(settings: Sequence[Setting], found: Mapping[Key, Result]) -> Iterator[Gain]:

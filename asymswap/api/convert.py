@@ -24,7 +24,7 @@ from asymswap.calibration.calibrate import PROBED, options_of, settle_for, some_
 from asymswap.calibration.config import Calibration
 from asymswap.checkpoint import Header, read_checkpoint, what_is_stored
 from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
-from asymswap.errors import AsymswapError, CheckpointError, PlanError
+from asymswap.errors import AsymswapError, CheckpointError, PlanError, listed
 from asymswap.measure.fidelity import Fidelity, compared_parts, measure_fidelity
 from asymswap.measure.macs import Costs
 from asymswap.measure.runtimes import RUNTIMES
@@ -415,8 +415,7 @@ def _surprises(rows: Sequence[results.SiteRow], fidelity: Fidelity) -> Iterator[
         and not row.output_error <= max(_SURPRISE * row.predicted_error, _PROMISED)
     ]
     if far:
-        more = f" and {len(far) - 3} more" if len(far) > 3 else ""
-        yield f"the output error is far above the predicted one: {', '.join(far[:3])}{more}; check these layers"
+        yield f"the output error is far above the predicted one: {listed(far, 3)}; check these layers"
     # The layers' errors add up like this where the network does not dampen them, which it usually does.
     expected = math.sqrt(sum(error**2 for error in predicted if error is not None))
     known = bool(predicted) and None not in predicted

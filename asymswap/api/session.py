@@ -158,13 +158,11 @@ class Session:
 
     def curve(self, recipe: Recipe, progress: Progress) -> list[tuple[float, float]]:
         """Return fractions of the MACs, from the least, whose plans swap anything, with the sum of squared errors."""
-        choices, total = self.choices(recipe, progress), self.costs.total
+        choices, costs = self.choices(recipe, progress), planning.counted_costs(None, self.costs.total)
 
         def swapped(fraction: float) -> tuple[Swap, ...] | None:
-            budget = Budget.model_validate({"macs": fraction})
-            at = replace(choices, recipe=recipe.model_copy(update={"budget": budget}))
             with suppress(RecipeError):
-                return planning.choose(at, planning.counted_costs(budget, total)).swaps
+                return planning.choose(choices, costs, fraction).swaps
             return None
 
         low, high = 0.0, 1.0

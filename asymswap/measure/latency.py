@@ -7,7 +7,6 @@ model: with an input that was just computed, and weights that other layers have 
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import platform
@@ -28,7 +27,7 @@ from asymswap.measure.statistics import median_interval
 from asymswap.measure.timing import MemoryFormat
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
-from asymswap.utils.tensors import deep_copy, device_of, eval_mode, hooked, list_tensors, map_tensors, on_threads
+from asymswap.utils.tensors import deep_copy, device_of, hooked, map_tensors, on_threads
 
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -135,60 +134,30 @@ def ratio_of(rounds: Passes, first: Passes) -> Ratio:
     return Ratio(statistics.median(ratios), low, high, confidence)
 
 
-@dataclass(frozen=True)
-class Timed:
-    """Seconds of one forward pass, of the named modules in it, all their runs in the pass together, and of the rest.
-
-    Each is its own minimum: if the machine is never quiet for a whole pass, the parts add up to less than `whole`.
-    """
-
-    whole: float
-    modules: Mapping[str, float]
-    rest: float
-    median: float = math.nan  # of the whole pass over all rounds
-
-    @classmethod
-    def of(cls, whole: float, modules: Mapping[str, float]) -> Timed:
-        """Return one pass."""
-        return cls(whole, modules, whole - sum(modules.values()))
+Parts = dict[str, float]
+"""Seconds of one forward pass: of named modules, each with all its runs in the pass together, and of the `REST`."""
+REST = ""
 
 
-def time_models(
-    models: Mapping[str, nn.Module],
-    inputs: Inputs | Mapping[str, Inputs],
-    names: Sequence[str] = (),
-    *,
-    rounds: int = 20,
-    seconds: float = MOST_SECONDS,
-    progress: Progress = silent,
-) -> dict[str, Timed]:
-    """Time models and the named modules that all have, in turn, in eval mode; inputs may be a mapping by model."""
-    given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
-    turns = {key: Turn(functools.partial(time_once, model, given[key], names)) for key, model in models.items()}
-    with eval_mode(*models.values()):
-        found = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
-    return {key: best_of(every) for key, every in found.items()}
+def parts_of(whole: float, modules: Mapping[str, float]) -> Parts:
+    """Return the parts of a pass that took so long as a whole."""
+    return {**modules, REST: whole - sum(modules.values())}
 
 
-def best_of(rounds: Sequence[Sequence[Timed]]) -> Timed:
-    """Return the best of every part of the passes."""
-    passes = [timed for one_round in rounds for timed in one_round]
-    return Timed(
-        min(timed.whole for timed in passes),
-        {name: min(timed.modules[name] for timed in passes) for name in passes[0].modules},
-        min(timed.rest for timed in passes),
-        statistics.median(timed.whole for timed in passes),
-    )
+def best_of(rounds: Sequence[Sequence[Parts]]) -> Parts:
+    """Return the best of every part: if the machine is never quiet for a whole pass, they add up to less than one."""
+    passes = [parts for one_round in rounds for parts in one_round]
+    return {name: min(parts[name] for parts in passes) for name in passes[0]}
 
 
-def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Timed:
+def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Parts:
     """Time one pass of a model, and all runs of the named modules in it."""
     now = clock(str(device_of(model)))
     with metered(model, names, now) as seconds:
         start = now()
         model(*inputs)
         whole = now() - start
-    return Timed.of(whole, seconds)
+    return parts_of(whole, seconds)
 
 
 @contextmanager
@@ -217,16 +186,10 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
 
     def fill(tensor: Tensor) -> Tensor:
         if tensor.is_meta:
-            # The images of a list have no batch dimension.
-            shape = (batch, *tensor.shape[1:]) if tensor.dim() >= 4 else tensor.shape
-            tensor = torch.randn(shape, generator=generator).to(tensor.dtype)
+            tensor = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         return tensor.contiguous(memory_format=FORMATS[memory_format]) if tensor.dim() == 4 else tensor
 
-    if all(tensor.is_meta for tensor in list_tensors(example)):
-        example = tuple(item * batch if isinstance(item, list) else item for item in example)
-    else:  # a user's own, of which not every number may be random
-        example = repeated(example, batch)
-    made: Inputs = map_tensors(example, fill)
+    made: Inputs = map_tensors(repeated(example, batch), fill)
     return made
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from asymswap.errors import AsymswapError, reason_of
 from asymswap.graph.surgery import fold_norms, swap
-from asymswap.measure.latency import FORMATS, Timed, Turn, in_format, inputs_like, stopwatch, time_once
+from asymswap.measure.latency import FORMATS, Parts, Turn, in_format, inputs_like, parts_of, stopwatch, time_once
 from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.types import Progress, silent
@@ -338,21 +338,6 @@ class Torch(Runtime):
         return Turn(functools.partial(time_once, *network.placed(setting), names), setting.threads, self.pool)
 
 
-def compiled(model: nn.Module, inputs: Inputs) -> Once:
-    """Compile a model in eval mode for these input sizes and the current number of threads, or raise AsymswapError."""
-    run = torch.compile(model, dynamic=False)
-    try:
-        # A class is compiled for each model, size and number of threads. Beyond a few torch would silently run the
-        # others uncompiled.
-        with quiet(), torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
-            run(*inputs)
-    except Exception as error:
-        if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
-            raise AsymswapError("torch.compile finds no C++ compiler; install g++ or clang, or set CXX") from None
-        raise AsymswapError(f"torch.compile cannot compile it: {reason_of(error, 200)}") from error
-    return lambda: run(*inputs)
-
-
 class Compile(Runtime):
     """torch.compile, in its default mode, for each size, memory format and number of threads."""
 
@@ -361,8 +346,19 @@ class Compile(Runtime):
     has_formats = True
 
     def open(self, network: Network, setting: Setting) -> tuple[Once, str]:
-        with torch.inference_mode():
-            return compiled(*network.placed(setting)), ""
+        model, inputs = network.placed(setting)
+        run = torch.compile(model, dynamic=False)
+        # A class is compiled for each model, size and number of threads. Beyond a few torch would silently run the
+        # others uncompiled.
+        without_limit = torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY)
+        try:
+            with torch.inference_mode(), quiet(), without_limit:
+                run(*inputs)
+        except Exception as error:
+            if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
+                raise AsymswapError("torch.compile finds no C++ compiler; install g++ or clang, or set CXX") from None
+            raise AsymswapError(f"torch.compile cannot compile it: {reason_of(error, 200)}") from error
+        return (lambda: run(*inputs)), ""
 
 
 class OnnxRuntime(Runtime):
@@ -399,11 +395,11 @@ class OnnxRuntime(Runtime):
             return next(number)
 
         @functools.cache
-        def passes() -> list[Timed]:
-            found, seconds = list[Timed](), dict.fromkeys(names, 0.0)
+        def passes() -> list[Parts]:
+            found, seconds = list[Parts](), dict.fromkeys(names, 0.0)
             for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
                 if event["name"] == "model_run":
-                    found.append(Timed.of(1e-6 * event["dur"], seconds))
+                    found.append(parts_of(1e-6 * event["dur"], seconds))
                     seconds = dict.fromkeys(names, 0.0)
                 elif event["name"].endswith("_kernel_time"):
                     # What it has fused goes by the name of a node, or of the tensor that comes out last.
@@ -455,14 +451,14 @@ class OpenVino(Runtime):
             fused = str(was["originalLayersNames"].value).split(",") if "originalLayersNames" in was else []
             parts |= {node.get_friendly_name(): owners[name] for name in fused[::-1] if name in owners}
 
-        def measure() -> Timed:
+        def measure() -> Parts:
             start = time.perf_counter()
             once()
             whole, seconds = time.perf_counter() - start, dict.fromkeys(names, 0.0)
             for node in request.get_profiling_info():
                 if node.node_name in parts:
                     seconds[parts[node.node_name]] += node.real_time.total_seconds()
-            return Timed.of(whole, seconds)
+            return parts_of(whole, seconds)
 
         return Turn(measure, setting.threads, self.pool)
 

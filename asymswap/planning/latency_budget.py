@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from asymswap.errors import AsymswapError, OutputError, RecipeError
-from asymswap.measure.latency import Passes, Timed, best_of, in_format, machine, ratio_of, seconds_of, take_turns
+from asymswap.measure.latency import REST, Parts, Passes, best_of, in_format, machine, ratio_of, seconds_of, take_turns
 from asymswap.measure.runtimes import RUNTIMES, Network
 from asymswap.measure.timing import DTYPES, Timing
 from asymswap.planning.apply import apply_plan
@@ -47,7 +47,7 @@ class Bench:
 
     def measure(
         self, models: Mapping[str, nn.Module], names: Sequence[str], whole: bool = True
-    ) -> tuple[dict[str, Passes], dict[str, Timed]]:
+    ) -> tuple[dict[str, Passes], dict[str, Parts]]:
         """Time models in turn, as a `whole` if asked for, and the named modules that all of them have."""
         with tempfile.TemporaryDirectory(prefix="asymswap-") as folder:
             networks = {key: Network(model, self._example, Path(folder), self._dtype) for key, model in models.items()}
@@ -59,8 +59,9 @@ class Bench:
             probes = {key: self.runtime.probe(network, self.setting, names) for key, network in networks.items()}
             layers = take_turns(probes, rounds=self._rounds, progress=self._progress)
         best = {key: best_of(every) for key, every in layers.items()}
-        for name, seconds in best.get("", next(iter(best.values()))).modules.items():
-            if not seconds > 0:
+        first = best.get("", next(iter(best.values())))
+        for name in names:
+            if not first[name] > 0:
                 raise AsymswapError(f"{self.runtime.title} does not tell the time of {name}, or of what it is part of")
         return passes, best
 
@@ -107,7 +108,7 @@ def plan_in_time(
         row = LatencyRow((times,), *how, wanted, tuple(undone), budget.seconds is not None, timing.device)
         slower = {}
         for swap in plan.swaps:
-            was, now = (layers[key].modules[swap.site] for key in models)
+            was, now = (layers[key][swap.site] for key in models)
             # A swap whose size a rule gives, or that makes the network stronger, is not the budget's to undo.
             if swap.site in choices.left_open and now > was * (1 + _NOISE):
                 settings = ", ".join(f"{key} {value}" for key, value in swap.settings.items())
@@ -167,7 +168,7 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
         with contextlib.suppress(OSError, OutputError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps({"machine": about, "seconds": table}, indent=1) + "\n")
-    rest = bench.measure({"": bench.original}, list(sites), whole=False)[1][""].rest
+    rest = bench.measure({"": bench.original}, list(sites), whole=False)[1][""][REST]
 
     def keep(site: Site) -> float:
         return table[_form(site)][""][1]
@@ -214,13 +215,13 @@ def _fill(table: _Known, bench: Bench, sites: Mapping[str, Site], tries: Mapping
         timed += [(swap.site, _option_key(swap), macs, str(level)) for swap, macs in swaps]
     # Programs hold weights of their own: in turn they would take the memory of all.
     groups = [{key: one} for key, one in models.items()] if bench.runtime.takes_time else [models]
-    found: dict[str, Timed] = {}
+    found: dict[str, Parts] = {}
     for group in groups:
         found |= bench.measure(group, list(tries), whole=False)[1]
     for name, key, macs, model in timed:
         # The fastest of all convs of one form counts.
         known = table.setdefault(_form(sites[name]), {})
-        known[key] = macs, min(found[model].modules[name], known.get(key, (0, math.inf))[1])
+        known[key] = macs, min(found[model][name], known.get(key, (0, math.inf))[1])
 
 
 def _form(site: Site) -> str:

@@ -121,32 +121,27 @@ Numbers = Annotated[
 class Match(_Strict):
     """What a conv must be for a rule to match it; what is not given does not matter."""
 
-    names: Globs = Field(
-        ("*",), description="Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."
-    )
+    names: Globs = ("*",)
+    """Globs of whole module names, of which one must match: `layer3.*` is not `layer30.conv`."""
     exclude: Globs = Field((), description="Globs of names that are left out.")
     kernel: Sizes | None = Field(None, description="Size of the kernel.")
     stride: Sizes | None = Field(None, description="Stride, in the form of a size.")
     dilation: Sizes | None = Field(None, description="Dilation, in the form of a size.")
-    groups: Groupings | None = Field(
-        None,
-        description="`dense` (one group), `depthwise` (one for each input channel) or `grouped` (any other number).",
-    )
+    groups: Groupings | None = None
+    """`dense` (one group), `depthwise` (one for each input channel) or `grouped` (any other number)."""
     in_channels: Numbers | None = Field(None, description="Input channels, of all groups together.")
     out_channels: Numbers | None = Field(None, description="Output channels, of all groups together.")
     feature_map: Sizes | None = Field(None, description="Height and width of the input where the conv runs first.")
-    position: Positions | None = Field(
-        None, description="`first` and `last` of all convs in the order in which they run, `inner` for the others."
-    )
+    position: Positions | None = None
+    """`first` and `last` of all convs in the order in which they run, `inner` for the others."""
     stage: Positions | None = None
     """Of the convs that `names` and `exclude` leave: those with the largest outputs are the `first` stage, those with
     the smallest the `last`, all between are `inner`."""
 
     macs: Numbers | None = Field(None, description="Multiply-adds of the conv in one forward pass, over all its calls.")
     params: Numbers | None = Field(None, description="Parameters of the conv.")
-    followed_by: Words | None = Field(
-        None, description="Operations of which one reads the conv's output, maybe behind a batch norm."
-    )
+    followed_by: Words | None = None
+    """Operations of which one reads the conv's output, maybe behind a batch norm."""
     preceded_by: Words | None = Field(None, description="Operations of which one makes the conv's input, likewise.")
 
     def find(self, sites: Sequence[Site]) -> set[str]:
@@ -224,9 +219,8 @@ class Rule(_Strict):
     """One rule: the convs that it matches, and what they become. Matching none is an error, unless `optional`."""
 
     match: Match = Field(Match.model_validate({}), description="Which convs the rule matches; by default all.")
-    swap: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = Field(
-        (), description="What they become: a kind and its settings, or a list of several to choose from."
-    )
+    swap: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = ()
+    """What they become: a kind and its settings, or a list of several to choose from."""
     keep: Literal[True] | None = Field(None, description="They stay as they are, in the place of `swap`.")
     optional: Annotated[bool, Field(strict=True)] = Field(False, description="It is no error if no conv matches.")
 
@@ -292,15 +286,12 @@ class Budget(_Strict):
 
     macs: Fraction | None = Field(None, description="At most this fraction of the multiply-adds.")
     params: Fraction | None = Field(None, description="At most this fraction of the parameters.")
-    latency: Annotated[float | str, BeforeValidator(_as_latency)] | None = Field(
-        None, description='At most this fraction of the latency on this machine, or a time: `0.6`, `"5ms"`, `"0.005s"`.'
-    )
-    max_drop: Annotated[float | str, BeforeValidator(_as_drop)] | None = Field(
-        None, description='At most this measured loss: `0.5` (points), `"0.1dB"` or `"2%"`; above 0.'
-    )
-    over: Literal["model", "matched"] = Field(
-        "model", description="Fraction of the whole model, or of the convs that rules match and their kinds can swap."
-    )
+    latency: Annotated[float | str, BeforeValidator(_as_latency)] | None = None
+    """At most this fraction of the latency on this machine, or a time: `0.6`, `"5ms"`, `"0.005s"`."""
+    max_drop: Annotated[float | str, BeforeValidator(_as_drop)] | None = None
+    """At most this measured loss: `0.5` (points), `"0.1dB"` or `"2%"`; above 0."""
+    over: Literal["model", "matched"] = "model"
+    """Fraction of the whole model, or of the convs that rules match and their kinds can swap."""
 
     @model_validator(mode="after")
     def _one_measure(self) -> Budget:
@@ -342,9 +333,8 @@ class About(_Strict):
 
     summary: str = Field("", description="What the recipe does, in one sentence.")
     group: Group | None = Field(None, description="Where `asymswap recipes` lists it.")
-    preserves: Preserves | None = Field(
-        None, description="How well the converted network, before any training, does what the original did."
-    )
+    preserves: Preserves | None = None
+    """How well the converted network, before any training, does what the original did."""
 
 
 class Recipe(About):
@@ -443,8 +433,7 @@ def _overridden(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str
     # Another measure makes another budget, to which `over` then applies.
     for part in sorted(parts, key=lambda part: part not in BUDGETS):
         budget = {**({} if part in BUDGETS else budget or {}), part: parts[part]}
-    changed = {key: item for key, item in value.items() if key != "budget"} | {"rules": rules}
-    return changed if budget is None else {**changed, "budget": budget}
+    return {**value, "rules": rules, "budget": budget}
 
 
 def json_schema() -> dict[str, Any]:

@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,8 @@ class Bench:
         import torch
 
         import asymswap
-        from asymswap.measure.latency import time_models
+        from asymswap.measure.latency import Turn, seconds_of, stopwatch, take_turns
+        from asymswap.utils.tensors import eval_mode
 
         setting = SETTINGS[run.data]
         fusion = asymswap.fuse(asymswap.open_model(path, arch=network, **code))
@@ -288,10 +290,11 @@ class Bench:
         first, second = report.models
         assert second.classifier is not None
         assert second.classifier.against_first is not None
-        timed = time_models(
-            {"converted": model, "fused": fusion.model, "plain": _built(network, code).eval()},
-            (torch.randn(32, *setting.size, generator=torch.Generator().manual_seed(0)),),
-        )
+        models = {"converted": model, "fused": fusion.model, "plain": _built(network, code)}
+        images = torch.randn(32, *setting.size, generator=torch.Generator().manual_seed(0))
+        with eval_mode(*models.values()):
+            turns = {name: Turn(stopwatch(partial(one, images))) for name, one in models.items()}
+            timed = take_turns(turns, rounds=20)
         return {
             "params": fusion.report.after.params,
             "macs": fusion.report.after.macs,
@@ -300,7 +303,7 @@ class Bench:
             "agreement": second.classifier.against_first.agreement,
             "output_change": fusion.report.relative,
             "as_original": fusion.report.as_original,
-            "ms": {name: 1000 * one.whole for name, one in timed.items()},
+            "ms": {name: 1000 * seconds_of(rounds).minimum for name, rounds in timed.items()},
         }
 
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,12 +262,16 @@ def measure_latency(bench: Bench, models: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of each model, alternating, in channels_last, in which they stay afterwards."""
     import torch
 
-    from asymswap.measure.latency import inputs_like, time_models
+    from asymswap.measure.latency import Turn, inputs_like, seconds_of, stopwatch, take_turns
+    from asymswap.utils.tensors import eval_mode
 
     # Not copies: nine of a VGG-16 hold 5 GB as it is.
     models = {key: model.to(memory_format=torch.channels_last) for key, model in models.items()}
-    timed = time_models(models, inputs_like(bench.opened.example(), "channels-last"), rounds=ROUNDS)
-    return {key: 1e3 * one.whole for key, one in timed.items()}
+    inputs = inputs_like(bench.opened.example(), "channels-last")
+    with eval_mode(*models.values()):
+        turns = {key: Turn(stopwatch(partial(model, *inputs))) for key, model in models.items()}
+        timed = take_turns(turns, rounds=ROUNDS)
+    return {key: 1e3 * seconds_of(rounds).minimum for key, rounds in timed.items()}
 
 
 def work(name: str, kinds: Sequence[str], threads: int) -> dict[str, Any]:

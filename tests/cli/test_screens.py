@@ -14,8 +14,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ import asymswap
 from asymswap.checkpoint import read_checkpoint
 from asymswap.cli.commands import SUMMARIES
 from asymswap.cli.main import main
-from asymswap.measure.latency import Timed
+from asymswap.measure.latency import REST, Turn
 from asymswap.models.converted import save_checkpoint
 from asymswap.results.benchmark import Result
 from asymswap.types import Ratio, Seconds
@@ -166,7 +167,7 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
     monkeypatch.setattr("asymswap.api.compare.time_in_turn", lambda opened, timing, progress: times[: len(opened)])
     monkeypatch.setattr("asymswap.api.benchmark.machine", lambda: {"processor": "a processor", "cores": 2})
     monkeypatch.setattr("asymswap.api.benchmark.take_turns", _turns)
-    monkeypatch.setattr("asymswap.api.benchmark.time_models", _layers)
+    monkeypatch.setattr("asymswap.measure.runtimes.Torch.probe", lambda *given: Turn(lambda: given[-1]))
     for place in ONCE:
         monkeypatch.setattr(place, _once(pkgutil.resolve_name(place)))
     return Show(folder, here, monkeypatch)
@@ -194,20 +195,20 @@ def _once(verb: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-def _turns(turns: Iterable[tuple[int, int]], *, rounds: int, **_: object) -> dict[tuple[int, int], list[list[float]]]:
-    """The later the model and the setting, the faster; even rounds take a hundredth more."""
+def _turns(turns: Mapping[Any, Turn], *, rounds: int, **_: object) -> dict[Any, list[list[Any]]]:
+    """The later the model and the setting, the faster; even rounds take a hundredth more.
+
+    The later the layer, the longer it takes; the second model's take half of it.
+    """
+    if turns.keys() == {0, 1}:
+        layers = {place: list(enumerate(turn.measure(), start=1)) for place, turn in turns.items()}
+        return {
+            place: [[{name: 1e-5 * number / (place + 1) for number, name in some} | {REST: 1e-4}]]
+            for place, some in layers.items()
+        }
     return {
         (model, setting): [[1.01 ** (number % 2) * 1e-3 / (1 + model + setting / 4)] for number in range(rounds)]
         for model, setting in turns
-    }
-
-
-def _layers(models: Iterable[str], inputs: object, names: Iterable[str], **_: object) -> dict[str, Timed]:
-    """The later the layer, the longer it takes; the last model's take half of it."""
-    layers = {name: 1e-5 * number for number, name in enumerate(names, start=1)}
-    return {
-        key: Timed(1.0, {name: one / part for name, one in layers.items()}, 1e-4, 1.0)
-        for part, key in enumerate(models, start=1)
     }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import asymswap
 from asymswap.errors import AsymswapError, RecipeError
-from asymswap.measure.latency import Timed
+from asymswap.measure.latency import Parts, parts_of
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, installed
 from asymswap.planning import latency_budget
@@ -46,16 +46,18 @@ class Machine:
 
     def _measure(
         self, example: Any, models: Mapping[str, nn.Module], names: Sequence[str], whole: bool = True
-    ) -> tuple[dict[str, Any], dict[str, Timed]]:
+    ) -> tuple[dict[str, Any], dict[str, Parts]]:
         self.runs.append(len(models))
         found = {key: self._time(model, example, names, not whole) for key, model in models.items()}
         passes = {}
         for key, timed in found.items():
             drag = self.drag if key else 1.0
-            passes[key] = [[timed.whole * drag * (1 + self.noise * (len(key) > 0) * (n % 3 - 1))] for n in range(9)]
+            passes[key] = [
+                [sum(timed.values()) * drag * (1 + self.noise * (len(key) > 0) * (n % 3 - 1))] for n in range(9)
+            ]
         return passes, found
 
-    def _time(self, model: nn.Module, inputs: Any, names: Sequence[str], table: bool) -> Timed:
+    def _time(self, model: nn.Module, inputs: Any, names: Sequence[str], table: bool) -> Parts:
         costs = count_costs(model, inputs, names)
         seconds = {}
         for name in names:
@@ -64,7 +66,7 @@ class Machine:
             if pair:
                 seconds[name] *= self.optimism if table else self.slow.get(name, 1.0)
         others = 1e-9 * (costs.total.macs - sum(costs.by_name[name].macs for name in names))
-        return Timed(REST + others + sum(seconds.values()), seconds, REST + others)
+        return parts_of(REST + others + sum(seconds.values()), seconds)
 
 
 @pytest.fixture
