@@ -1,18 +1,8 @@
 """A conv with parallel branches beside it, all summed: stronger in training, one conv again afterwards.
 
 Each branch is linear, so that the block is one kernel, the sum of all (structural re-parameterisation). Taps sit about
-the middle of the conv's kernel, whatever a branch's own size and dilation.
-
-| branch | what | after |
-| --- | --- | --- |
-| `vertical`, `horizontal` | kh x 1 and 1 x kw | ACNet: Ding, Guo, Ding and Han, ICCV 2019 |
-| `1x1`, `5x5`, `1x11` … | a kernel of this size, the conv's dilation | RepVGG: Ding et al., CVPR 2021; SegNeXt |
-| `dilated` | the conv's own size at twice its dilation | UniRepLKNet: Ding et al., CVPR 2024 |
-| `identity` | the input itself, by a weight for each channel | RepVGG |
-| `1x1-kxk` | 1x1, then the conv's own size | DBB: Ding, Zhang, Han and Ding, CVPR 2021 |
-| `avg` | 1x1, then the mean of the taps | DBB |
-| `edge` | three branches: 1x1, then a Sobel filter across, one down, a Laplacian, scaled | ECBSR: Zhang et al., 2021 |
-| `pair` | kh x 1 to R channels of each group, then 1 x kw: a conv LoRA (Hu et al., 2022) beside a frozen conv | - |
+the middle of the conv's kernel, whatever a branch's own size and dilation. The branches and the papers that they are
+from: docs/reference/kinds.md.
 
 Branches start without effect but with a gradient of the usual size, or take their share of the kernel:
 
