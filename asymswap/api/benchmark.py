@@ -13,7 +13,7 @@ from torch import nn
 import asymswap
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.errors import AsymswapError, check_choice
-from asymswap.measure.latency import MOST_SECONDS, Bystanders, machine, ratio_of, seconds_of, take_turns, time_models
+from asymswap.measure.latency import MOST_SECONDS, Bystanders, best_of, machine, ratio_of, seconds_of, take_turns
 from asymswap.measure.macs import count_costs
 from asymswap.measure.runtimes import RUNTIMES, Key, Network, installed, prepare_all
 from asymswap.measure.timing import DTYPES, MemoryFormat, Precision, Timing
@@ -22,7 +22,6 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.results.benchmark import TITLES, Benchmark, BenchmarkedModel, Gain, LayerRow, Layers, Result, Setting
 from asymswap.results.convert import LatencyRow, TimeRow
 from asymswap.types import Progress
-from asymswap.utils.tensors import on_threads
 
 
 @shows_progress
@@ -183,17 +182,10 @@ def _time_layers(
     both: Sequence[tuple[OpenedModel, Network]], setting: Setting, rounds: int, seconds: float, progress: Progress
 ) -> tuple[tuple[LayerRow, ...], LayerRow]:
     """Time a model's layers beside the first's in eager PyTorch; return what both have, and the rest."""
-    placed = [network.placed(setting) for _, network in both]
-    names = shared_layers(*(model for model, _ in placed))
-    with on_threads(setting.threads):
-        first, own = time_models(
-            {str(number): model for number, (model, _) in enumerate(placed)},
-            {str(number): inputs for number, (_, inputs) in enumerate(placed)},
-            names,
-            rounds=rounds,
-            seconds=seconds,
-            progress=lambda _, done, total: progress("timing layers", done, total),
-        ).values()
+    names = shared_layers(*(network.placed(setting)[0] for _, network in both))
+    turns = {number: RUNTIMES["torch"].probe(network, setting, names) for number, (_, network) in enumerate(both)}
+    step = lambda _, done, total: progress("timing layers", done, total)  # noqa: E731
+    first, own = map(best_of, take_turns(turns, rounds=rounds, seconds=seconds, progress=step).values())
     # MACs of a whole batch, as the times.
     costs = [count_costs(one.model, one.example(), names) for one, _ in both]
     macs = [{name: setting.batch * cost.by_name[name].macs for name in names} for cost in costs]

@@ -7,7 +7,6 @@ model: with an input that was just computed, and weights that other layers have 
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import platform
@@ -28,7 +27,7 @@ from asymswap.measure.statistics import median_interval
 from asymswap.measure.timing import MemoryFormat
 from asymswap.types import Progress, Ratio, Seconds, silent
 from asymswap.utils.inputs import Inputs, repeated
-from asymswap.utils.tensors import deep_copy, device_of, eval_mode, hooked, list_tensors, map_tensors, on_threads
+from asymswap.utils.tensors import deep_copy, device_of, hooked, list_tensors, map_tensors, on_threads
 
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -151,23 +150,6 @@ class Timed:
     def of(cls, whole: float, modules: Mapping[str, float]) -> Timed:
         """Return one pass."""
         return cls(whole, modules, whole - sum(modules.values()))
-
-
-def time_models(
-    models: Mapping[str, nn.Module],
-    inputs: Inputs | Mapping[str, Inputs],
-    names: Sequence[str] = (),
-    *,
-    rounds: int = 20,
-    seconds: float = MOST_SECONDS,
-    progress: Progress = silent,
-) -> dict[str, Timed]:
-    """Time models and the named modules that all have, in turn, in eval mode; inputs may be a mapping by model."""
-    given = inputs if isinstance(inputs, Mapping) else dict.fromkeys(models, inputs)
-    turns = {key: Turn(functools.partial(time_once, model, given[key], names)) for key, model in models.items()}
-    with eval_mode(*models.values()):
-        found = take_turns(turns, rounds=rounds, seconds=seconds, progress=progress)
-    return {key: best_of(every) for key, every in found.items()}
 
 
 def best_of(rounds: Sequence[Sequence[Timed]]) -> Timed:

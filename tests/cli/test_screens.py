@@ -14,8 +14,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,7 +167,6 @@ def show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thre
     monkeypatch.setattr("asymswap.api.compare.time_in_turn", lambda opened, timing, progress: times[: len(opened)])
     monkeypatch.setattr("asymswap.api.benchmark.machine", lambda: {"processor": "a processor", "cores": 2})
     monkeypatch.setattr("asymswap.api.benchmark.take_turns", _turns)
-    monkeypatch.setattr("asymswap.api.benchmark.time_models", _layers)
     for place in ONCE:
         monkeypatch.setattr(place, _once(pkgutil.resolve_name(place)))
     return Show(folder, here, monkeypatch)
@@ -194,20 +194,23 @@ def _once(verb: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-def _turns(turns: Iterable[tuple[int, int]], *, rounds: int, **_: object) -> dict[tuple[int, int], list[list[float]]]:
+def _turns(turns: Mapping[Any, Any], *, rounds: int, **_: object) -> dict[Any, list[list[Any]]]:
     """The later the model and the setting, the faster; even rounds take a hundredth more."""
+    if 0 in turns:
+        return _layers(turns)
     return {
         (model, setting): [[1.01 ** (number % 2) * 1e-3 / (1 + model + setting / 4)] for number in range(rounds)]
         for model, setting in turns
     }
 
 
-def _layers(models: Iterable[str], inputs: object, names: Iterable[str], **_: object) -> dict[str, Timed]:
+def _layers(turns: Mapping[Any, Any]) -> dict[Any, list[list[Any]]]:
     """The later the layer, the longer it takes; the last model's take half of it."""
+    *_, names = turns[0].measure.args
     layers = {name: 1e-5 * number for number, name in enumerate(names, start=1)}
     return {
-        key: Timed(1.0, {name: one / part for name, one in layers.items()}, 1e-4, 1.0)
-        for part, key in enumerate(models, start=1)
+        key: [[Timed(1.0, {name: one / part for name, one in layers.items()}, 1e-4, 1.0)]]
+        for part, key in enumerate(turns, start=1)
     }
 
 

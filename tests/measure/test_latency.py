@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from asymswap.measure import latency
-from asymswap.measure.latency import Turn, in_format, inputs_like, ratio_of, seconds_of, take_turns, time_models
+from asymswap.measure.latency import (
+    Timed,
+    Turn,
+    best_of,
+    in_format,
+    inputs_like,
+    ratio_of,
+    seconds_of,
+    take_turns,
+    time_once,
+)
 from asymswap.types import Ratio
 
 
@@ -49,10 +61,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 X = (torch.zeros(1, 3, 4, 4),)
 
 
+def time_models(models: dict[str, nn.Module], names: Sequence[str], rounds: int) -> dict[str, Timed]:
+    turns = {key: Turn(partial(time_once, model, X, names)) for key, model in models.items()}
+    return {key: best_of(passes) for key, passes in take_turns(turns, rounds=rounds).items()}
+
+
 def test_modules_and_the_rest_have_minima_of_their_own(clock: Clock) -> None:
     """Slow spells fall upon different parts: no pass is quiet as a whole, but each part once is."""
     model = nn.Sequential(Work(clock, 2, 9), Work(clock, 7, 3), Work(clock, 1))
-    found = time_models({"m": model}, X, ["0", "1"], rounds=4)["m"]
+    found = time_models({"m": model}, ["0", "1"], rounds=4)["m"]
     assert found.modules == {"0": 2, "1": 3}
     assert found.rest == 1
     assert found.whole == 10
@@ -61,14 +78,14 @@ def test_modules_and_the_rest_have_minima_of_their_own(clock: Clock) -> None:
 
 def test_the_median_is_that_of_the_whole_pass_without_the_warm_ups(clock: Clock) -> None:
     model = nn.Sequential(Work(clock, 90, 90, 90, 4, 8, 5))
-    found = time_models({"m": model}, X, ["0"], rounds=3)["m"]
+    found = time_models({"m": model}, ["0"], rounds=3)["m"]
     assert (found.whole, found.median) == (4, 5)
 
 
 def test_a_module_that_runs_twice_counts_twice(clock: Clock) -> None:
     work = Work(clock, 2)
     model = nn.Sequential(work, nn.Identity(), work)
-    assert time_models({"m": model}, X, ["0"], rounds=2)["m"].modules == {"0": 4}
+    assert time_models({"m": model}, ["0"], rounds=2)["m"].modules == {"0": 4}
 
 
 def test_models_take_turns(clock: Clock) -> None:
@@ -79,7 +96,7 @@ def test_models_take_turns(clock: Clock) -> None:
         module.register_forward_hook(lambda *_: order.append(name))
         return module
 
-    time_models({"a": noted("a"), "b": noted("b")}, X, rounds=3)
+    time_models({"a": noted("a"), "b": noted("b")}, [], rounds=3)
     rounds = ["".join(order[at : at + 2]) for at in range(0, len(order), 2)]
     assert len(rounds) == 3 + latency._WARM_UPS
     # Neither always comes behind the other.
@@ -218,7 +235,7 @@ def test_others_are_what_was_busy_without_us(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_nothing_of_the_stopwatches_is_left_and_modes_come_back(clock: Clock) -> None:
     model = nn.Sequential(Work(clock, 1)).train()
-    time_models({"m": model}, X, ["0"], rounds=1)
+    time_models({"m": model}, ["0"], rounds=1)
     assert model.training
     assert not model[0]._forward_hooks
     assert not model[0]._forward_pre_hooks
