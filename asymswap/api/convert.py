@@ -38,7 +38,8 @@ from asymswap.planning.plan import check_not_empty, plan_from_json
 from asymswap.planning.recipe import BUDGETS, Recipe, parse_recipe
 from asymswap.planning.shipped import read_recipe_text
 from asymswap.reporting import format as fmt
-from asymswap.reporting.convert import check_suffix, report_text
+from asymswap.reporting.convert import check_suffix, to_html
+from asymswap.reporting.tables import to_file
 from asymswap.results import convert as results
 from asymswap.results.records import read_provenance, read_report, to_json
 from asymswap.types import Cost, Keep, Plan, Site, Swap
@@ -308,7 +309,8 @@ def write_report(of: Conversion | str | Path, path: str | Path, *, force: bool =
     check_output(path, force)
     check_suffix(path)
     if isinstance(of, Conversion):
-        text = report_text(of.report, read_provenance(of.header.provenance, "the conversion"), path)
+        provenance = read_provenance(of.header.provenance, "the conversion")
+        text = to_file(of.report, path, partial(to_html, provenance=provenance))
     else:
         text = stored_report_text(read_checkpoint(Path(of)).header, Path(of), path)
     write_file(path, text)
@@ -320,7 +322,7 @@ def stored_report_text(header: Header, checkpoint: Path, path: Path) -> str:
     report = replace(report, files=(*report.files, results.FileRow(str(checkpoint), checkpoint.stat().st_size)))
     provenance = read_provenance(header.provenance, str(checkpoint))
     try:
-        return report_text(report, provenance, path)
+        return to_file(report, path, partial(to_html, provenance=provenance))
     except (ArithmeticError, ValueError) as error:
         # The file's numbers can be anything.
         raise CheckpointError(f"{checkpoint} has a damaged report: {error}") from None

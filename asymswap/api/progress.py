@@ -60,7 +60,7 @@ def plain_console(**options: Any) -> Console:
 
 
 @contextmanager
-def bars(quiet: bool = False, first: str = "loading") -> Iterator[Progress]:
+def bars(quiet: bool = False) -> Iterator[Progress]:
     """Show a bar on stderr while the block runs, one per stage; nothing but in a terminal or a notebook."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -68,7 +68,7 @@ def bars(quiet: bool = False, first: str = "loading") -> Iterator[Progress]:
 
     name, bar, numbers = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     with Progress(SpinnerColumn(), name, bar, numbers, TimeRemainingColumn(), **_live(quiet)) as bars:
-        task = bars.add_task(first, total=None)
+        task = bars.add_task("loading", total=None)
 
         def step(stage: str, done: int, total: int) -> None:
             if visible(stage) != bars.tasks[0].description:

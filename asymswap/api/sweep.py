@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from asymswap.api.progress import Shows, shows_progress
 from asymswap.api.session import Session, check_finite, prefixed
@@ -26,11 +26,10 @@ from asymswap.planning.recipe import parse_recipe
 from asymswap.planning.shipped import read_recipe_text
 from asymswap.reporting import format as fmt
 from asymswap.results.records import plain
-from asymswap.results.sweep import Point, Tradeoff
+from asymswap.results.sweep import Measure, Point, Tradeoff
 from asymswap.types import Patches
 from asymswap.utils.tensors import exact_convs
 
-Measure = Literal["macs", "params", "latency"]
 TOLERANCES = {"%": "1%", "dB": "0.1dB"}  # how much of a score the advice allows to lose, by its unit
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Literal
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.reporting.benchmark import benchmark_view
 from asymswap.results.benchmark import TITLES
@@ -40,7 +39,7 @@ def benchmark(
     """Example: asymswap benchmark digits-resnet digits-resnet.asym.pt --runtime torch --runtime openvino --batch 1,8"""
     numbers = o.parse_numbers("--batch", batches, _COUNTS, int)
     counts = o.parse_numbers("--threads", threads, _COUNTS, int)
-    with progress.bars(common.quiet) as step:
+    with common.bars() as step:
         found = asymswap.benchmark(
             common.open_models(models, step),
             runtimes=runtimes or ["torch"],

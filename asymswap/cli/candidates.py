@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.reporting.candidates import draw as draw_candidates
 from asymswap.utils.files import write_file
@@ -22,7 +21,7 @@ def candidates(
     Example: asymswap candidates resnet18 --weights none
     """
     o.check_picture("--plot", plot, force)
-    with progress.bars(common.quiet) as step:
+    with common.bars() as step:
         found = asymswap.candidates(common.model(model, step), recipe=recipe, progress=step)
     if plot is not None:
         write_file(plot, draw_candidates(found, plot.suffix[1:]))

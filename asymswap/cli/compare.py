@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.cli.failures import in_flags
 from asymswap.measure.timing import Timing
@@ -34,7 +33,7 @@ def compare(
 ) -> None:
     """Example: asymswap compare digits-resnet digits-resnet.asym.pt --data digits"""
     o.check_report(report, force)
-    with progress.bars(common.quiet) as step:
+    with common.bars() as step:
         common.check_images(data)
         by, how = o.compared_by(data, measured, unlabelled, common.task)
         timing = (timing or Timing()) if latency else None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import STARTED
 from asymswap.cli import options as o
 from asymswap.cli.failures import in_flags
@@ -64,7 +63,7 @@ def convert(
         check_output(path, force)
     o.check_report(report, force)
     check_distinct({"the model": o.model_file(model), **written, "--calibration-cache": calibration.get("cache")})
-    with joined() as team, progress.bars(common.quiet or not team.leads) as step:
+    with joined() as team, common.bars(team.leads) as step:
         from asymswap.checkpoint import check_suffix
 
         if not dry_run:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.cli.commands import Group
 from asymswap.training.config import Training
@@ -27,7 +26,7 @@ def evaluate(
     common: o.Common = o.COMMON,
 ) -> None:
     """Example: asymswap evaluate model.pt model.asym.pt --data photos/"""
-    with progress.bars(common.quiet) as step:
+    with common.bars() as step:
         by, how = o.compared_by(data, measured, unlabelled, common.task, needed=True)
         report = asymswap.evaluate(
             common.open_models(models, step),

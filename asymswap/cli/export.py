@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.options import option
@@ -34,7 +33,7 @@ def export(
     elif form not in ("state-dict", "ultralytics"):
         target = target.with_name(f"{checkpoint.stem}.{form or 'onnx'}")
     target = o.target_of(checkpoint, output or target, force)
-    with progress.bars(common.quiet) as step:
+    with common.bars() as step:
         report = asymswap.export(
             common.model(checkpoint, step),
             target,

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.utils.options import option
 
@@ -22,7 +21,7 @@ def fuse(
 ) -> None:
     """Example: asymswap fuse model.asym.pt --as-original -o model.pt"""
     target = o.target_of(checkpoint, output or o.default_output(str(checkpoint), "fused"), force)
-    with progress.bars(common.quiet) as step:
+    with common.bars() as step:
         from asymswap.checkpoint import check_suffix
 
         check_suffix(target)

@@ -11,13 +11,14 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asymswap.api.progress import plain_console
+from asymswap.api.progress import bars, plain_console
 from asymswap.calibration.config import Calibration
 from asymswap.cli.commands import EVERYWHERE, Group
 from asymswap.cli.failures import in_flags
@@ -176,6 +177,10 @@ class Common:
             opened = replace(settle_on(opened, UserData(self.task.calibration, self.task.inputs)), fed=None)
         return replace(opened, handed_over=True)
 
+    def bars(self, leads: bool = True) -> AbstractContextManager[Progress]:
+        """Show a bar while the block runs; of several processes the one that leads does."""
+        return bars(self.quiet or not leads)
+
     def check_images(self, data: str | None) -> None:
         """Raise AsymswapError for options that say how to prepare images, where there are none."""
         if self.preprocessing is not None and data is None:
@@ -240,17 +245,8 @@ class _Measured:
 MEASURED: Any = Group(_Measured, only=("metric", "crop_border"))
 COMPARED: Any = Group(_Measured)
 UNLABELLED: Any = Group(Calibration, given_only=True, only=("patch", "noise", "outputs"))
-_FLAGS = {
-    "data": "--calibrate",
-    "images": "--calibration-images",
-    "cache": "--calibration-cache",
-    "polish_steps": "--polish",
-    "memory_gib": "--calibration-memory",
-}
-CALIBRATION: Any = Group(Calibration, given_only=True, flags=_FLAGS)
-INPUTS: Any = Group(
-    Calibration, given_only=True, flags=_FLAGS, only=("data", "images", "patch", "patches", "noise", "outputs")
-)
+CALIBRATION: Any = Group(Calibration, given_only=True)
+INPUTS: Any = Group(Calibration, given_only=True, only=("data", "images", "patch", "patches", "noise", "outputs"))
 
 
 def console() -> Console:

@@ -1,6 +1,5 @@
 """`asymswap recipes`: the recipes that come with asymswap, one of them, or a check of one's own."""
 
-from operator import itemgetter
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +7,7 @@ from rich.text import Text
 
 from asymswap.cli import options as o
 from asymswap.planning import shipped
-from asymswap.reporting.tables import Column, Screen, Table
+from asymswap.reporting.tables import Screen, facts
 from asymswap.utils.options import option
 
 _FUNCTION = {"exactly": "kept", "approximately": "approximated", "nothing": "not kept"}
@@ -43,17 +42,12 @@ def recipes(
         if common.json:
             o.print_json([{"name": name, **about.model_dump(mode="json")} for name, about in listed.items()])
         elif not common.quiet:
-
-            def row(name: str, function: str, summary: str) -> tuple[str, ...]:
-                """Return texts of the same widths in all groups."""
-                return name.ljust(max(map(len, listed))), function.ljust(max(map(len, _FUNCTION.values()))), summary
-
-            columns = [Column("", itemgetter(number), side="left") for number in (0, 1)]
-            columns.append(Column("", itemgetter(2), side="fold"))
-            blocks: list[list[Any]] = [[Text("  ".join(row("Recipe", "Function", "What it does")), "bold")]]
+            # Of the same widths in all groups.
+            form = f"{{:<{max(map(len, listed))}}}  {{:<{max(map(len, _FUNCTION.values()))}}}".format
+            blocks: list[list[Any]] = [[Text(form("Recipe", "Function") + "  What it does", "bold")]]
             for group in r.GROUPS:
-                of = {name: about for name, about in listed.items() if about.group == group}
-                rows = [row(name, _FUNCTION[about.preserves or "nothing"], about.summary) for name, about in of.items()]
-                blocks.append([Text(group, "bold"), Table(columns, rows)])
+                of = [(name, about) for name, about in listed.items() if about.group == group]
+                rows = [(form(name, _FUNCTION[about.preserves or "nothing"]), about.summary) for name, about in of]
+                blocks.append([Text(group, "bold"), facts(rows)])
             note = "Function: whether the network, before it is trained again, computes what it did."
             o.console().print(Screen("", (), blocks, [note]), highlight=False, markup=False)

@@ -7,7 +7,6 @@ import typer
 from rich.errors import ConsoleError
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.cli.commands import begin_as
 from asymswap.cli.failures import in_flags
@@ -38,7 +37,7 @@ def show(
             other = "--plan" if report is None else "--report"
             raise AsymswapError(f"{other} is about the conversion, --offsets, --draw and --data about taps; run twice")
         o.check_picture("--draw", draw, force)
-        with progress.bars(common.quiet) as step:
+        with common.bars() as step:
             common.check_images(data)
             moved = asymswap.offsets(common.model(checkpoint, step), data=data)
         if draw is not None:
@@ -46,7 +45,7 @@ def show(
         common.show(moved)
         return
     o.check_report(report, force)
-    with progress.bars(common.quiet):
+    with common.bars():
         from asymswap.checkpoint import header_to_json, read_checkpoint
         from asymswap.planning.plan import plan_text
 

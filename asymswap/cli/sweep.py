@@ -3,12 +3,11 @@
 import json
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 import asymswap
-from asymswap.api import progress
 from asymswap.cli import options as o
 from asymswap.cli.failures import in_flags
 from asymswap.errors import AsymswapError
@@ -16,7 +15,7 @@ from asymswap.reporting import tables
 from asymswap.reporting.sweep import draw as draw_sweep
 from asymswap.reporting.sweep import to_html as sweep_page
 from asymswap.results.records import to_json
-from asymswap.results.sweep import Tradeoff, from_json
+from asymswap.results.sweep import Measure, Tradeoff, from_json
 from asymswap.utils.distributed import ALONE
 from asymswap.utils.files import check_distinct, check_output, write_file
 from asymswap.utils.options import option
@@ -53,7 +52,7 @@ def sweep(
     given = {name: text for name, text in every.items() if text is not None}
     if len(given) > 1:
         raise AsymswapError("budgets are of --macs, of --params or of --latency; give one of them")
-    measure = cast(Literal["macs", "params", "latency"], next(iter(given), "macs"))
+    measure = cast(Measure, next(iter(given), "macs"))
     budgets: dict[str, Any] = {"budgets": parse_fractions(f"--{measure}", given[measure])} if given else {}
     target = output or o.default_output(model, "sweep").with_suffix(".json")
     reports = list(dict.fromkeys(report or []))
@@ -70,7 +69,7 @@ def sweep(
                 f"{target} is no sweep to resume ({' '.join(str(error).split())[:80]}); give another name with -o, or "
                 f"--force to replace it"
             ) from None
-    with progress.bars(common.quiet) as step:
+    with common.bars() as step:
 
         def write(result: Tradeoff) -> None:
             write_file(target, json.dumps(to_json(in_flags(result)), indent=2, allow_nan=False) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 from asymswap.errors import OutputError, listed, near_names
 from asymswap.reporting import format as fmt
 from asymswap.reporting.pages import percent_of, render
-from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, kept_lines, to_file
+from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, kept_lines
 from asymswap.results.convert import FusionRow, Report, SiteRow
 from asymswap.results.evaluate import Agreement, OutputAgreement
 from asymswap.results.records import Provenance
@@ -30,11 +30,6 @@ def check_suffix(path: Path) -> None:
     """Raise OutputError unless the file name ends as a report does."""
     if path.suffix not in (known := (".html", ".json", ".md")):
         raise OutputError(f"report {path}: the file must end in .html, .json or .md{near_names(path.suffix, known)}")
-
-
-def report_text(report: Report, provenance: Provenance, path: Path) -> str:
-    """Return the report in the form that the file's ending chooses."""
-    return to_file(report, path, partial(to_html, provenance=provenance))
 
 
 def headline(report: Report) -> list[Change]:

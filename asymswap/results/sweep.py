@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
 from asymswap.types import Cost, Fed, Shown
+
+Measure = Literal["macs", "params", "latency"]
+"""Of which budgets are fractions."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,10 @@ class Point:
 class Tradeoff(Shown, view="sweep.sweep_view"):
     """A sweep: the original network, and the points measured so far."""
 
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
+
     model: str
-    measure: str  # of which budgets are fractions: `macs`, `params` or `latency`
+    measure: Measure
     before: Cost
     scores: tuple[Score, ...]  # the original's
     images: int | None
@@ -130,17 +135,14 @@ def from_json(value: Mapping[str, Any]) -> Tradeoff:
         value = {**value, "scores": [Score("top-1", value["accuracy"], "%")], "points": points}
     found = TypeAdapter(Tradeoff).validate_python({**value, "setting": value["setting"], "fed": None, "warnings": ()})
     names = {score.name for score in found.scores}
-    numbers = [*(score.value for score in found.scores), found.tolerance]
     counts = [found.images or 0, found.before.macs, found.before.params]
     for point in found.points:
         measured = point.cost is not None and names == point.scores.keys()
         timed = found.measure != "latency" or (point.time is None) == (point.cost is None)
         if not names or measured == (point.failed is not None) or not timed:
             raise ValueError("one of its points is neither measured nor failed")
-        numbers += [point.budget, point.seconds, point.time or 0.0, *point.scores.values()]
         counts += [] if point.cost is None else [point.cost.macs, point.cost.params]
-    sound = all(map(math.isfinite, numbers)) and all(0 <= number < 2**63 for number in counts)
-    recipes = found.setting.get("recipes", {})
-    if found.measure not in ("macs", "params", "latency") or not sound or not isinstance(recipes, Mapping):
-        raise ValueError("its measure, its recipes or one of its numbers cannot be")
+    sound = all(0 <= number < 2**63 for number in counts)
+    if not sound or not isinstance(found.setting.get("recipes", {}), Mapping):
+        raise ValueError("its recipes or one of its numbers cannot be")
     return found

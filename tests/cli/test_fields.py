@@ -21,7 +21,7 @@ Settings = dataclasses.make_dataclass(
     "Settings",
     [
         ("rank", int, option(3, "The rank.", "Panel")),
-        ("cut", float | None, option(None, "Where to cut.", "Panel")),
+        ("cut", float | None, option(None, "Where to cut.", "Panel", flags=("--cut-at",))),
         ("names", tuple[str, ...] | None, option(None, "Names.", None, text=True)),
         ("strict", bool, option(False, "Be strict.", None)),
         ("order", bool, option(True, "Keep the order.", None)),
@@ -34,7 +34,7 @@ GROUP: Any = Group(Settings)
 def run(*arguments: str, given_only: bool = False) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
-    group: Any = Group(Settings, given_only=given_only, flags={"cut": "--cut-at"})
+    group: Any = Group(Settings, given_only=given_only)
 
     def command(first: str, settings: Any = group, strict: Any = None, last: int = 0) -> None:
         seen.update(first=first, last=last, settings=settings)
