@@ -40,22 +40,18 @@ class Calibration:
         "or a tensor file.",
         _PANEL,
         text=True,
-        flags=("--calibrate",),
     )
-    images: int = option(512, "Number of images.", _PANEL, flags=("--calibration-images",))
+    images: int = option(512, "Number of images.", _PANEL)
     sequential: bool | None = option(
         None, "Solve layer by layer, each on the input that it really gets.", _PANEL, shown="where there are images"
     )
-    cache: Path | None = option(
-        None, "File of calibration statistics: read if it exists, else written.", _PANEL, flags=("--calibration-cache",)
-    )
+    cache: Path | None = option(None, "File of calibration statistics: read if it exists, else written.", _PANEL)
     polish_steps: int | None = option(
-        None, "Then train on the original's outputs, for a number of steps (500) or minutes (5min).", _PANEL, text=True,
-        flags=("--polish",),
-    )  # fmt: skip
+        None, "Then train on the original's outputs, for a number of steps (500) or minutes (5min).", _PANEL, text=True
+    )
     polish_minutes: float | None = None
     polish_images: int = option(5000, "Number of images to polish on, at most.", _PANEL)
-    memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL, flags=("--calibration-memory",))
+    memory_gib: float = option(4.0, "Memory limit in GiB.", _PANEL)
     patch: int | None = option(None, "Side of square patches, cut at random, instead of whole images.", _PANEL)
     patches: int | None = option(
         None, "Number of patches, in place of that of images.", _PANEL, shown="as many as images"

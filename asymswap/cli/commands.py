@@ -5,8 +5,8 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -121,13 +121,14 @@ class Commands(TyperGroup):
 class Group:
     """The options that a dataclass declares; a command takes them as one parameter, whose default this is.
 
-    The command gets what `build` makes of their values by name. `only` are the fields to take. With `given_only` what
-    the user does not give is left out; the help shows its default.
+    The command gets what `build` makes of their values by name. `only` are the fields to take, `flags` those that are
+    not the field's name. With `given_only` what the user does not give is left out; the help shows its default.
     """
 
     config: type
     build: Callable[[dict[str, Any]], Any] = dict
     given_only: bool = False
+    flags: Mapping[str, str] = field(default_factory=dict)
     only: Collection[str] | None = None
 
     @functools.cached_property
@@ -136,14 +137,16 @@ class Group:
         found, hints = {}, get_type_hints(self.config)
         for one in dataclasses.fields(self.config):
             if "help" in one.metadata and (self.only is None or one.name in self.only):
-                found[one.name] = _parameter(one.name, hints[one.name], one, self.given_only)
+                found[one.name] = _parameter(one.name, hints[one.name], one, self.given_only, self.flags.get(one.name))
         return found
 
 
-def _parameter(name: str, kind: Any, declared: dataclasses.Field[Any], given_only: bool = False) -> inspect.Parameter:
+def _parameter(
+    name: str, kind: Any, declared: dataclasses.Field[Any], given_only: bool = False, flag: str | None = None
+) -> inspect.Parameter:
     about = dict(declared.metadata)
     help, panel, shown = about.pop("help"), about.pop("panel"), about.pop("shown", None)
-    flags = about.pop("flags", None) or (f"--{name.replace('_', '-')}",)
+    flags = about.pop("flags", None) or (flag or f"--{name.replace('_', '-')}",)
     kind, default = str | None if about.pop("text", False) else kind, declared.default
     if given_only:
         if shown is None and default is not None:

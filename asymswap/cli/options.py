@@ -245,8 +245,17 @@ class _Measured:
 MEASURED: Any = Group(_Measured, only=("metric", "crop_border"))
 COMPARED: Any = Group(_Measured)
 UNLABELLED: Any = Group(Calibration, given_only=True, only=("patch", "noise", "outputs"))
-CALIBRATION: Any = Group(Calibration, given_only=True)
-INPUTS: Any = Group(Calibration, given_only=True, only=("data", "images", "patch", "patches", "noise", "outputs"))
+_FLAGS = {
+    "data": "--calibrate",
+    "images": "--calibration-images",
+    "cache": "--calibration-cache",
+    "polish_steps": "--polish",
+    "memory_gib": "--calibration-memory",
+}
+CALIBRATION: Any = Group(Calibration, given_only=True, flags=_FLAGS)
+INPUTS: Any = Group(
+    Calibration, given_only=True, flags=_FLAGS, only=("data", "images", "patch", "patches", "noise", "outputs")
+)
 
 
 def console() -> Console:

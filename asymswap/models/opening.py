@@ -154,6 +154,8 @@ def open_for_verb(
     """Return the model as a verb takes it; one that was opened here is the verb's alone."""
     if isinstance(model, Unopened):
         return model.open()
+    if isinstance(model, OpenedModel) and input_size is None and preprocessing is None and example_inputs is None:
+        return model
     options: dict[str, Any] = {"input_size": input_size, "example_inputs": example_inputs}
     opened = open_model(model, **options, preprocessing=preprocessing, progress=progress)
     return opened if isinstance(model, OpenedModel) else replace(opened, handed_over=True)

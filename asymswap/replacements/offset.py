@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from asymswap.factorize import bilinear
 from asymswap.replacements import _convs
-from asymswap.replacements.base import GrowingSettings, Replacement
+from asymswap.replacements.base import GrowingSettings, Original, Replacement
 from asymswap.types import ConvSpec, Cost, Site, Size
 
 
@@ -118,6 +118,13 @@ class Offset(Replacement):
 
     def build(self, conv: ConvSpec, settings: Settings) -> OffsetConv2d:
         return OffsetConv2d(conv, settings.limit, self.weighted)
+
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
+        super().init_(module, original, settings)
+        own = cast(OffsetConv2d, module)
+        nn.init.zeros_(own.raw_offsets)
+        if own.tap_weights is not None:
+            nn.init.ones_(own.tap_weights)
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
         return cast(OffsetConv2d, module).offsets().detach()[None]

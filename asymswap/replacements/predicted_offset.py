@@ -106,6 +106,11 @@ class PredictedOffset(Replacement):
             raise PlanError(f"kind 'predicted-offset': {problem}")
         return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
+    def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
+        super().init_(module, original, settings)
+        for parameter in cast(PredictedOffsetConv2d, module).predictor.parameters():
+            nn.init.zeros_(parameter)
+
     def fuse(self, module: nn.Module, conv: ConvSpec, settings: Settings) -> nn.Conv2d | None:
         """Return the conv with the replacement's weights while the predictor is zero; None once it has learned."""
         predictor = cast(PredictedOffsetConv2d, module).predictor
