@@ -126,16 +126,20 @@ class PatchSums:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean (G, D) and covariance (G, D, D) of the patches."""
-        lower_GDD = self._gram_GDD.tril() / self.patches
-        return self._mean_GD, lower_GDD + lower_GDD.tril(-1).mT
+        cov_GDD = (self._gram_GDD / self.patches).tril_()
+        # Mirrored by blocks: with thousands of channels a whole copy takes gigabytes.
+        for start in range(0, cov_GDD.shape[1], _BLOCK):
+            columns_GDB = cov_GDD[:, start:, start : start + _BLOCK]
+            cov_GDD[:, start : start + _BLOCK, start:] += columns_GDB.tril(-1).mT
+        return self._mean_GD, cov_GDD
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """Return the mean (G, O) of the target outputs, and their covariance (G, O, D) with the patches."""
         return self._mean_GO, self._cross_GOD / self.patches
 
-    def unexplained(self, kernel_GOD: Tensor) -> float:
+    def unexplained(self, kernel_GOD: Tensor, cov_GDD: Tensor) -> float:
         """Return the fraction of the targets' variance that a kernel leaves unexplained, corrected for chance."""
-        cov_GDD, (_, cross_GOD) = self.moments()[1], self.targets()
+        _, cross_GOD = self.targets()
         free = 1 - kernel_GOD.shape[2] / self.patches
         total = float(self._energy_G.sum()) / self.patches
         if free <= 0.5 or total <= 0:

@@ -108,7 +108,7 @@ def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team
     # The ridge pulls the target kernel towards the conv's own.
     pulled_GOD = cross_GOD + bare.ridge()[:, :, None] * one_pass.target_GOD
     target_GOD: Tensor = torch.linalg.solve(bare.ridged(), pulled_GOD.mT).mT
-    if sums.unexplained(target_GOD) > _UNEXPLAINED:
+    if sums.unexplained(target_GOD, cov_GDD) > _UNEXPLAINED:
         return "its inputs in the two networks do not belong together"
     return replace(bare, target_GOD=target_GOD)
 

@@ -88,7 +88,7 @@ def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first:
     groups, outputs, length = statistics.target_GOD.shape
     places = torch.arange(length).reshape(-1, *kernel).movedim(2 if vertical_first else 1, 0)
     taps, flat = places.shape[0], places.reshape(-1)
-    s_GDD = statistics.ridged()[:, flat][:, :, flat]
+    s_GDD = statistics.ridged()[:, flat[:, None], flat]
     return Problem(
         w_GOKM=statistics.target_GOD[:, :, flat].reshape(groups, outputs, taps, -1),
         s_GKMKM=s_GDD.reshape(groups, taps, length // taps, taps, length // taps),

@@ -47,7 +47,9 @@ class SiteStatistics:
         weight. As if they occurred a thousandth as often as the average one, the kernel keeps its values there; the
         ridge is 100 times the float32 noise of the sums, and harmless where patches are plenty.
         """
-        return self.cov_GDD + torch.diag_embed(self.ridge().expand(-1, self.cov_GDD.shape[1]))
+        found = self.cov_GDD.clone()
+        found.diagonal(dim1=1, dim2=2).add_(self.ridge())
+        return found
 
     def ridge(self) -> Tensor:
         """Return the number (G, 1) that is added to each diagonal; 1 where the patches never varied at all."""

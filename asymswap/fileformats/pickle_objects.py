@@ -136,7 +136,7 @@ class Builder:
         self, storage: Callable[[StorageRef], torch.UntypedStorage], held: int, label: str, foreign: bool
     ) -> None:
         self._storage, self._label, self._foreign = storage, label, foreign
-        self._memories: dict[str | int, torch.UntypedStorage] = {}
+        self._memories: dict[str | int, tuple[StorageRef, torch.UntypedStorage]] = {}
         self._left = max(_MOST_VIEWED, _VIEWS * held)
         self._done: dict[int, tuple[Any, _Found]] = {}
         self._above: set[int] = set()
@@ -248,8 +248,10 @@ class Builder:
         key = storage.key if storage.data is None else id(storage)
         if key not in self._memories:
             inside = None if storage.data is None else torch.frombuffer(bytearray(storage.data), dtype=torch.uint8)
-            self._memories[key] = self._storage(storage) if inside is None else inside.untyped_storage()
-        return self._memories[key]
+            memory = self._storage(storage) if inside is None else inside.untyped_storage()
+            # The reference is kept as well: its id must not become another's.
+            self._memories[key] = storage, memory
+        return self._memories[key][1]
 
     def check(self, ref: TensorRef, dtype: torch.dtype) -> None:
         """Raise Odd for a tensor that its storage does not hold, or that is far larger than all storages."""

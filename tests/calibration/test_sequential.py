@@ -305,7 +305,7 @@ def test_what_no_kernel_explains_is_told_from_what_one_does() -> None:
         sums = PatchSums(layer, targets=True)
         sums.add(x, target)
         best = torch.linalg.solve(sums.moments()[1], sums.targets()[1].mT).mT
-        assert sums.unexplained(best) == pytest.approx(share, abs=0.03)
+        assert sums.unexplained(best, sums.moments()[1]) == pytest.approx(share, abs=0.03)
 
 
 def dead() -> nn.Module:
