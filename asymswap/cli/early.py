@@ -20,8 +20,9 @@ def check(given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if isinstance(value, float) and not 0 < value <= 1:
             raise AsymswapError(f"`{name}={value:g}` is not above 0 and at most 1: a fraction, 0.5 keeps half")
-    if isinstance(given.get("recipe"), str):
-        read_recipe_text(given["recipe"])
+    recipes = given.get("recipe") or ()
+    for recipe in [recipes] if isinstance(recipes, str) else recipes:
+        read_recipe_text(recipe)
     for model in (given.get("model"), given.get("checkpoint"), *given.get("models", ())):
         if model is not None:
             _check_model(str(model), given)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asymswap.api.progress import bars, plain_console
 from asymswap.calibration.config import Calibration
 from asymswap.cli.commands import EVERYWHERE, Group
 from asymswap.cli.failures import in_flags
@@ -26,9 +25,6 @@ from asymswap.errors import AsymswapError
 from asymswap.measure.timing import Timing
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.shipped import shipped_names
-from asymswap.reporting import tables
-from asymswap.reporting.convert import check_suffix
-from asymswap.results.records import plain, to_json
 from asymswap.types import Progress, UserData
 from asymswap.utils.distributed import Team
 from asymswap.utils.files import check_distinct, check_output
@@ -40,6 +36,7 @@ if TYPE_CHECKING:
     from asymswap.data.task import Task
     from asymswap.models.opened import OpenedModel
     from asymswap.models.opening import Unopened
+    from asymswap.reporting.tables import Screen
 
 _MODEL, IMAGES, RESULT = "Model", "Images", "Result"
 """Panels of the help that several commands have."""
@@ -179,15 +176,20 @@ class Common:
 
     def bars(self, leads: bool = True) -> AbstractContextManager[Progress]:
         """Show a bar while the block runs; of several processes the one that leads does."""
-        return bars(self.quiet or not leads)
+        from asymswap.api import progress
+
+        return progress.bars(self.quiet or not leads)
 
     def check_images(self, data: str | None) -> None:
         """Raise AsymswapError for options that say how to prepare images, where there are none."""
         if self.preprocessing is not None and data is None:
             raise AsymswapError("how images are prepared was said, but there are none: give `data=…`, or leave it out")
 
-    def show(self, record: Any, view: Callable[[Any, int | None], tables.Screen] | None = None) -> None:
+    def show(self, record: Any, view: Callable[[Any, int | None], Screen] | None = None) -> None:
         """Print a result as Markdown or JSON, or as `view` shows it at a number of columns, or not at all."""
+        from asymswap.reporting import tables
+        from asymswap.results.records import to_json
+
         draw = view or tables.view
         if self.markdown:
             typer.echo(draw(in_flags(record), None).markdown(), nl=False)
@@ -260,6 +262,8 @@ INPUTS: Any = Group(
 
 def console() -> Console:
     """Return the console for results; of unknown width, it is wide enough for complete tables."""
+    from asymswap.api.progress import plain_console
+
     screen = plain_console()
     known = screen.is_terminal or "COLUMNS" in os.environ
     return screen if known else plain_console(width=max(screen.width, 120))
@@ -267,6 +271,8 @@ def console() -> Console:
 
 def print_json(value: Any) -> None:
     """Print JSON for programs: always the same layout, no colour, and null for numbers that are not finite."""
+    from asymswap.results.records import plain
+
     print(json.dumps(plain(in_flags(value)), indent=2, allow_nan=False))  # noqa: T201
 
 
@@ -382,6 +388,8 @@ def check_picture(option: str, path: Path | None, force: bool, suffixes: Sequenc
 def check_report(path: Path | None, force: bool) -> None:
     """Raise OutputError where a report cannot be written, before any work is done for it."""
     if path is not None:
+        from asymswap.reporting.convert import check_suffix
+
         check_output(path, force)
         check_suffix(path)
 

@@ -145,7 +145,7 @@ def page(results: dict[str, Any]) -> str:
     return TEXT.format(
         table=markdown_table(COLUMNS, lines, left=2),
         lengths="\n".join(f"- {network}: {length}; {verdict(best[network])}" for network, length in lengths.items()),
-        state=state(),
+        state="; ".join(dict.fromkeys(row["state"] for row in results["rows"].values())),
         machine=machine_text(),
     )
 

@@ -14,6 +14,7 @@ from asymswap.models.fingerprints import stored_networks
 
 MISTAKES = {
     "convert resnet18 --recipe 3x3-onyl": "did you mean 3x3-only",
+    "sweep digits-resnet --recipe half-macs --recipe 3x3-onyl --calibrate digits": "did you mean 3x3-only",
     "convert resnet81 --recipe 3x3-only": "did you mean resnet18",
     "convert resnet81@V1 --recipe 3x3-only": "did you mean resnet18",
     "convert nofile.pt --recipe 3x3-only": "no file nofile.pt",
