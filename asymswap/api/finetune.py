@@ -31,7 +31,7 @@ from asymswap.results.convert import FileRow
 from asymswap.results.finetune import TrainingRecord, TrainingReport
 from asymswap.results.records import plain
 from asymswap.training.config import Callback, Training
-from asymswap.training.distillation import ORIGINAL, find_teacher, handed_over
+from asymswap.training.distillation import ORIGINAL, find_teacher, given_original
 from asymswap.training.objective import Objective, Validator, by_labels, by_loss, by_user
 from asymswap.training.run_folder import RunFolder, check_folder
 from asymswap.training.trainer import Progress, Trainer
@@ -144,7 +144,7 @@ def finetune(
             "or a teacher, `distill=…`"
         )
     if teacher is None and settings.distill == ORIGINAL:
-        teacher = handed_over(opened)
+        teacher = given_original(opened)
     named = settings.distill if teacher is None else teacher
     beside = None if opened.file is None else opened.file.parent
     taught = None if named is None else find_teacher(opened.header(), named, opened.model, beside)

@@ -35,7 +35,7 @@ class Teacher:
     blocks: Mapping[str, str]
 
 
-def handed_over(opened: OpenedModel) -> nn.Module | None:
+def given_original(opened: OpenedModel) -> nn.Module | None:
     """Return the original network of a conversion in memory, if it was a module that the user gave."""
     if opened.base is None or opened.file is not None or len(opened.plans) != 1:
         return None  # beside a file the base may have any weights
