@@ -32,7 +32,16 @@ from asymswap.types import Progress, Site, Strict, silent
 from asymswap.utils.distributed import ALONE, Team
 from asymswap.utils.files import whole_file
 from asymswap.utils.inputs import Inputs, copied, samples_in
-from asymswap.utils.tensors import bytes_of, eval_mode, generator_for, hooked, list_tensors, map_tensors, tensors_hash
+from asymswap.utils.tensors import (
+    bytes_of,
+    eval_mode,
+    generator_for,
+    hooked,
+    list_tensors,
+    map_tensors,
+    on_disk,
+    tensors_hash,
+)
 
 Batches = Callable[[], Iterable[tuple[int, Inputs]]]
 """Returns a new iterator over the same batches of the forward's arguments, with their numbers, at every call."""
@@ -207,14 +216,17 @@ def gather(
     """Return the statistics of the sites that run, from all images of all processes; the model is unchanged.
 
     If the prediction has no gradient at one of the sites, no site has output weights, as they could not be compared.
-    One pass over the images gathers the covariances of as many sites as fit into `images.memory_gib`. Raises
-    SourceError, naming the first layer, for activations that are not finite.
+    One pass over the images gathers the covariances of as many sites as fit into `images.memory_gib`; where there are
+    several passes, those of earlier ones wait in temporary files. Raises SourceError, naming the first layer, for
+    activations that are not finite.
     """
     groups = within(images.memory_gib * 2**30, sites, lambda site: 8.0 * site.conv.groups * _length(site) ** 2)
     found, everywhere, total = dict[str, SiteStatistics](), True, len(groups) * images.count
     for number, group in enumerate(groups):
         step = lambda done, before=number * images.count: progress("calibrating", before + done, total)  # noqa: E731
         gathered, with_gradient = _pass(model, group, images, outputs, step)
+        if len(groups) > 1:
+            gathered = {name: replace(one, cov_GDD=on_disk(one.cov_GDD)) for name, one in gathered.items()}
         found |= gathered
         everywhere = everywhere and with_gradient
     return found if everywhere else {name: replace(one, weight_GOO=None) for name, one in found.items()}

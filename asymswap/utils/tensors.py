@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import mmap
 import random
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -241,6 +242,23 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """Return the numbers of a tensor row by row, without a copy if they are already in that order."""
     numbers: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return numbers
+
+
+def on_disk(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU with its numbers in a temporary file; the tensor itself where the disk is full.
+
+    The system reads such numbers when they are needed, and drops them when memory is short.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes_of(tensor))
+            file.flush()
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError:
+        return tensor
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
