@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,6 +12,7 @@ from asymswap.api.benchmark import cost_row, time_in_turn
 from asymswap.api.convert import state_bytes
 from asymswap.api.evaluate import against_first, settle_each
 from asymswap.api.progress import Shows, shows_progress
+from asymswap.calibration.agreement import Against
 from asymswap.data.datasets import open_data
 from asymswap.data.metrics import Labelled, Predictions, check_same, evaluator_of, paired_kind
 from asymswap.errors import AsymswapError, SourceError
@@ -24,7 +25,7 @@ from asymswap.models.opening import Model, open_for_verb
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.results.benchmark import Result
 from asymswap.results.evaluate import ComparedRow, Comparison, OutputGap, Score, TimingRow
-from asymswap.utils.inputs import Inputs, output_of, portions
+from asymswap.utils.inputs import Inputs, output_of, portions, samples_in
 from asymswap.utils.tensors import list_tensors, map_tensors, seeded
 
 
@@ -46,9 +47,10 @@ def compare(
     """Compare two or more models: costs, latency, outputs and scores; none of them is changed.
 
     `data` is what `asymswap.convert` takes as `evaluate`, or with `against_original` inputs without labels, on which
-    each model is compared with the first, as by `asymswap.evaluate`. Of labelled images `images` are taken; outputs are
-    compared on at most 32 of those, each model with its own preprocessing, and otherwise on random inputs. Latency is
-    measured by `timing`, if given. Raises AsymswapError for fewer than two models, or one that cannot be opened.
+    each model is compared with the first, as by `asymswap.evaluate`. Of labelled images `images` are taken. Outputs are
+    compared on at most 32 of those or on the first batch of such inputs, each model with its own preprocessing, and
+    otherwise on random inputs. Latency is measured by `timing`, if given. Raises AsymswapError for fewer than two
+    models, or one that cannot be opened.
     """
     if len(models) < 2:
         raise AsymswapError(f"compare takes two models or more, not {len(models)}")
@@ -60,6 +62,9 @@ def compare(
     opened, evaluators = settle_each(opened, data, against_original)
     total, outputs_on = None, f"{_RANDOM} random images (seed {seed})"
     inputs = [one.probe(_RANDOM, seed) for one in opened]
+    if against_original:
+        inputs = [cast(Against, one).first_batch() for one in evaluators]
+        outputs_on = f"{samples_in(inputs[0])} of {evaluators[0].description}"
     if isinstance(data, str) and paired_kind(data) is None and not crop_border and not evaluators:
         sets = [open_data(data, one.preprocessing, "test") for one in opened]
         total = min(images or len(sets[0]), len(sets[0]))
@@ -83,7 +88,7 @@ def compare(
     first: Predictions | None = None
     reference = [_run(opened[0], batch) for batch in portions(inputs[0])]
     for number, (one, own) in enumerate(zip(opened, inputs, strict=True)):
-        gap, missing = _gap(opened[0], reference, one, own, bool(total)) if number else (None, "")
+        gap, missing = _gap(opened[0], reference, one, own, against_original or bool(total)) if number else (None, "")
         scores, refusal, against = tuple[Score, ...](), "", None
         step = partial(progress, f"evaluating {number + 1} of {len(opened)}")
         evaluator = evaluators[number] if evaluators else None

@@ -25,7 +25,7 @@ from asymswap.graph.trace import Trace
 from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Agreement, Score
-from asymswap.utils.inputs import copied, output_of
+from asymswap.utils.inputs import Inputs, copied, output_of
 
 MEASURED = 4096  # samples to hold back where a loss of tenths of a point is to be seen; a half at most
 _VALUES = 512  # samples of which values are compared, at most: each says more than the class of a sample does
@@ -51,6 +51,10 @@ class Against(Evaluator):
         other, held_back = copy.copy(self), _held_back(opened, self._calibration)
         other._own = held_back if self._scores else _some(held_back)
         return other
+
+    def first_batch(self) -> Inputs:
+        """Return the first held-back inputs, as the model gets them."""
+        return self._own.load(0)
 
     @staticmethod
     def first_of(opened: Sequence[OpenedModel], data: Any) -> tuple[list[OpenedModel], list[Evaluator]]:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import asymswap
 from asymswap.errors import AsymswapError
+from asymswap.results.evaluate import Comparison
 
 
 class TwoInputs(nn.Module):
@@ -69,6 +70,12 @@ def test_convert_sweep_evaluate_and_compare_say_one_number(
         first, second = report.models
         assert first.scores[0].value == pytest.approx(1)
         assert second.scores[0].value == pytest.approx(expected, abs=1e-12)
+    assert isinstance(report, Comparison)
+    gap, batch = report.models[1].gap, len(held[0][0])
+    assert report.outputs_on.startswith(f"{batch} of ")
+    assert gap is not None
+    one, other = one[:batch].double(), other[:batch].double()
+    assert gap.relative == pytest.approx(float((one - other).norm() / one.norm()), rel=1e-6)
 
 
 def test_images_agree_in_decibels_and_sweeps_by_their_error(tmp_path: object) -> None:
