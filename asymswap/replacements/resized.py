@@ -16,14 +16,12 @@ from asymswap.replacements.base import SIZE_SCHEMA, GrowingSettings, Original, R
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
 
-def _as_pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else as_size(value)
-
-
 Side = Annotated[int, Field(ge=1)]
-Taps = Annotated[tuple[Side, Side], BeforeValidator(_as_pair), SIZE_SCHEMA]
-Pixels = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], SIZE_SCHEMA]
-Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(_as_pair)]
+Margin = Annotated[int, Field(ge=0)]
+# Not strict, so that the lists of a plan are tuples again.
+Taps = Annotated[tuple[Side, Side], Field(strict=False), BeforeValidator(as_size), SIZE_SCHEMA]
+Pixels = Annotated[tuple[Margin, Margin], Field(strict=False), SIZE_SCHEMA]
+Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(as_size)]
 
 
 class Settings(GrowingSettings):
