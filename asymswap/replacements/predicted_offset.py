@@ -110,8 +110,7 @@ class PredictedOffset(Replacement):
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
         own = cast(PredictedOffsetConv2d, module)
-        with torch.no_grad():
-            predicted_NGTCHW: Tensor = own.predict_offsets(x).unflatten(1, (own.offset_groups, -1, 2))
+        predicted_NGTCHW: Tensor = own.predict_offsets(x).detach().unflatten(1, (own.offset_groups, -1, 2))
         return predicted_NGTCHW.permute(0, 1, 4, 5, 2, 3).flatten(0, 3)
 
     def without_offsets(self, module: nn.Module, conv: ConvSpec) -> nn.Conv2d:
