@@ -7,12 +7,12 @@ on the arguments of each recorded call, are the operations of that call.
 """
 
 import inspect
-import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -45,8 +45,7 @@ class Recording(TorchFunctionMode):
         self.calls: dict[int, list[tuple[Any, slice]]] = defaultdict(list)
         self.functional_convs: list[tuple[str, str, str | None]] = []
         self.running: list[tuple[str, nn.Module, Any, int]] = []
-        every = itertools.chain(model.named_parameters(), model.named_buffers())
-        self._names = {id(tensor): name for name, tensor in every}
+        self._names = {id(own): name for name, own in (*model.named_parameters(), *model.named_buffers())}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -154,8 +153,7 @@ def trace_graph(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
 
     Constants that tracing puts on a module of meta tensors go to the meta device too.
     """
-    kinds = (type(None), bool, int, float, str)
-    constants = {name: value for name, value in arguments.items() if type(value) in kinds}
+    constants = {name: value for name, value in arguments.items() if type(value) in (NoneType, bool, int, float, str)}
     graph = _Tracer().trace(module, constants or None)
     for part in module.modules() if device_of(module).type == "meta" else ():
         for name, value in vars(part).items():
@@ -220,6 +218,6 @@ def whole_graph(model: nn.Module, inputs: Inputs, on_meta: bool = False) -> tupl
 
     The copy has the model's own tensors, or all of them on the meta device.
     """
-    every = itertools.chain(model.parameters(), model.buffers())
+    every = (*model.parameters(), *model.buffers())
     root = (meta_copy(model) if on_meta else copy_with(model, every, lambda tensor: tensor)).eval()
     return trace_graph(root, bind(root, inputs, {})), root

@@ -1,7 +1,6 @@
 """Writing a model: modules swapped by name, and batch norms folded into convs, on a deep copy."""
 
 import contextlib
-import itertools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from asymswap.errors import PlanError, TraceError, near_names
+from asymswap.errors import PlanError, TraceError
 from asymswap.graph.trace import trace
-from asymswap.types import Site
 from asymswap.utils.inputs import Inputs
 from asymswap.utils.tensors import deep_copy, is_channels_last, loose_tensors
 
@@ -22,18 +20,14 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], share: bool = 
     With `share` the copy's other parameters and buffers are those of the model: to be run, not to be changed. A module
     that is registered under several names is swapped under all of them; the weights of what is swapped are not copied.
     Every other module keeps its class, name, hooks and mode, every other parameter its hooks, attributes and
-    trainability. Raises PlanError for a name that is no module of the model, and for a model whose copy is another.
+    trainability. Raises PlanError for a model whose copy is another.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in replacements:
-        if name not in modules:
-            raise PlanError(f"the model has no module named {name!r}{near_names(name, modules)}")
     # deepcopy asks its memo first: whoever refers to the module, by whatever path, gets the replacement.
-    memo: dict[int, Any] = {id(modules[name]): new for name, new in replacements.items()}
+    memo: dict[int, Any] = {id(model.get_submodule(name)): new for name, new in replacements.items()}
     # It refuses tensors that were computed; whoever keeps one (weight_norm) computes it again.
     memo |= {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     if share:
-        memo |= {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        memo |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     swapped = deep_copy(model, memo)
     inside = {id(part) for new in replacements.values() for part in new.modules()}
     old = dict(model.named_modules())
@@ -82,17 +76,15 @@ def fold_norms(model: nn.Module, inputs: Inputs) -> nn.Module:
     follow the model. Of the `inputs` only shapes and dtypes matter.
     """
     folded: dict[str, nn.Module] = {}
-    sites: tuple[Site, ...] = ()
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        with contextlib.suppress(TraceError):
-            sites = trace(model, inputs).sites
-    for site in sites:
-        # A site that is refused has hooks, shared weights, or a forward of its own.
-        if site.norm_behind is None or site.refusal is not None or len(site.calls) != 1 or site.aliases:
-            continue
-        norm = model.get_submodule(site.norm_behind)
-        if type(norm) is nn.BatchNorm2d and norm.running_var is not None and not norm._forward_hooks:
-            pair = (swap(one, {}, share=True).eval() for one in (model.get_submodule(site.name), norm))
-            folded[site.name] = fuse_conv_bn_eval(*cast(Any, pair))
-            folded[site.norm_behind] = nn.Identity()
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    with contextlib.suppress(TraceError):
+        for site in trace(model, inputs).sites if has_norms else ():
+            # A site that is refused has hooks, shared weights, or a forward of its own.
+            if site.norm_behind is None or site.refusal is not None or len(site.calls) != 1 or site.aliases:
+                continue
+            norm = model.get_submodule(site.norm_behind)
+            if type(norm) is nn.BatchNorm2d and norm.running_var is not None and not norm._forward_hooks:
+                pair = (swap(one, {}, share=True).eval() for one in (model.get_submodule(site.name), norm))
+                folded[site.name] = fuse_conv_bn_eval(*cast(Any, pair))
+                folded[site.norm_behind] = nn.Identity()
     return swap(model, folded, share=True).eval()

@@ -90,17 +90,16 @@ def check_runs(traced: Trace, model: nn.Module, inputs: Inputs) -> None:
     what = f"none of its {number} Conv2d was seen to run" if number else "the model has no Conv2d to swap"
     others = Counter(type(part).__name__ for part in model.modules() if isinstance(part, nn.Conv1d | nn.Conv3d))
     what += "".join(f"; its {count} {kind} are none" for kind, count in others.items() if not number)
-    holders = [key for key, part in model.named_children() if find_convs(part)]
-    hidden = []  # networks that an attribute holds in a way that torch does not know
-    for key, value in vars(model).items():
+    holders = []  # attributes with a network, also of lists and dicts, which torch does not know
+    for key, value in {**vars(model), **dict(model.named_children())}.items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         if key != "_modules" and any(isinstance(item, nn.Module) and find_convs(item) for item in values):
-            hidden.append(key)
+            holders.append(key)
     hint = ""
     if isinstance(model, torch.jit.ScriptModule):
         hint = "; it is a ScriptModule, whose layers are compiled: give the module that it was made from"
-    elif hidden or (number and len(holders) == 1):
-        hint = f"; give the network itself, its attribute {(hidden or holders)[0]!r}"
+    elif len(holders) == 1:
+        hint = f"; give the network itself, its attribute {holders[0]!r}"
     seen = "; ".join(traced.notes)
     raise TraceError(f"{name} on an input of {sizes(inputs)}: {what}{f' ({seen})' if seen else ''}{hint}")
 

@@ -30,8 +30,3 @@ def canonical(name: str) -> str:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
     snake = re.sub(r"_?[123]d$", "", snake).removeprefix("adaptive_").strip("_")
     return _SAME.get(snake, snake)
-
-
-def fits(word: str, op: str) -> bool:
-    """Return True if a recipe's word names this operation."""
-    return op in ACTIVATIONS if word == "activation" else op == word

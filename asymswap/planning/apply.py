@@ -21,9 +21,9 @@ NO_STATISTICS: Statistics = {}
 _ROOM = 2**22  # numbers of a kernel, as of a dense 3x3 conv of 683 channels, whose eigensolvers take 200 MB and more
 
 
-def takes_room(conv: nn.Conv2d) -> bool:
+def takes_room(original: Original) -> bool:
     """Return True if solving a conv takes so much memory that no other may be solved beside it."""
-    return conv.weight.numel() > _ROOM
+    return original.conv.weight.numel() > _ROOM
 
 
 def apply_plan(
@@ -75,12 +75,7 @@ def apply_plan(
             kind.init_(replacement, original, settings)
 
     if weights != "unset":
-        side_by_side(
-            init,
-            every,
-            lambda done: progress("converting", done, len(every)),
-            lambda built: takes_room(built[1].conv),
-        )
+        side_by_side(init, every, lambda done: progress("converting", done, len(every)), lambda one: takes_room(one[1]))
     swapped: dict[str, nn.Module] = {}
     for entry, original, replacement in every:
         swapped[entry.site] = take_over_(replacement, original.conv, original.norm)

@@ -112,8 +112,7 @@ class Search:
             return (self.fractions[0] + self.fractions[-1]) / 2 if self.start is None else self.start
         best, least, most = self.best, self.fractions[0], self.fractions[-1]
         # Where noise puts a loss above the allowed one beyond the best, it does not matter.
-        worse = [one for one in self.tried if best is None or one[0] < best[0]]
-        outside = worse[-1] if worse else None
+        outside = next((one for one in reversed(self.tried) if best is None or one[0] < best[0]), None)
         if best is None and self.tried[-1][0] >= most:
             return None
         if best is None and len(self.tried) >= self.tries - 1:

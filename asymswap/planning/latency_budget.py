@@ -170,24 +170,20 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
             write_file(path, json.dumps({"machine": about, "seconds": table}, indent=1) + "\n")
     rest = bench.measure({"": bench.original}, list(sites), whole=False)[1][""][REST]
 
-    def keep(site: Site) -> float:
-        return table[_form(site)][""][1]
+    def keep(site: Site) -> int:
+        return round(1e9 * table[_form(site)][""][1])
 
-    def seconds(site: Site, option: Option) -> float:
-        """Return the seconds as timed, or between the two timed options with fewer and with more MACs."""
+    def swapped(site: Site, option: Option) -> int:
+        """Return the time as measured, or between the two timed options with fewer and with more MACs."""
         known, cost = table[_form(site)], option.cost.macs
         exact = known.get(_option_key(option))
         if exact is not None:
-            return exact[1]
+            return round(1e9 * exact[1])
         macs, timed = zip(*sorted(one for key, one in known.items() if key.startswith(f"{option.kind} ")), strict=True)
         # Below the grid it is the nearest, beyond it what grows with the MACs from there.
-        return float(np.interp(cost, macs, timed) * max(1.0, cost / max(macs[-1], 1)))
+        return round(1e9 * float(np.interp(cost, macs, timed)) * max(1.0, cost / max(macs[-1], 1)))
 
-    return CostModel(
-        round(1e9 * (rest + sum(map(keep, choices.matched)))),
-        lambda site: round(1e9 * keep(site)),
-        lambda site, option: round(1e9 * seconds(site, option)),
-    )
+    return CostModel(round(1e9 * rest) + sum(map(keep, choices.matched)), keep, swapped)
 
 
 def _swaps_to_time(choices: Choices) -> dict[str, list[tuple[Swap, int]]]:

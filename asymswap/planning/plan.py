@@ -21,7 +21,7 @@ from asymswap import replacements
 from asymswap.errors import PlanError, RecipeError, near_names, validation_text
 from asymswap.planning.apply import NO_STATISTICS, Statistics, takes_room
 from asymswap.planning.recipe import MEASURES, Budget, Recipe, Way
-from asymswap.replacements import Original, Replacement
+from asymswap.replacements import Original
 from asymswap.replacements._pairs import Pair, SettledPair, full_rank
 from asymswap.types import Candidate, Cost, Keep, Option, Plan, Progress, RankCost, Site, Swap
 from asymswap.utils.tensors import side_by_side
@@ -129,7 +129,7 @@ def find_choices(
         lambda item: item.settle(recipe.budget is not None and any(way.leaves_choice for way in item.ways)),
         matched,
         lambda done: progress("factorising", done, len(matched)),
-        lambda item: takes_room(item.original.conv),
+        lambda item: takes_room(item.original),
     )
     found = list(zip(matched, results, strict=True))
     keeps |= {result.site: result for result in results if isinstance(result, Keep)}
@@ -196,14 +196,12 @@ def find_rule(sites: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
     Raises RecipeError for a rule that matches no site at all, or asks for neighbours where nothing was traced.
     """
     asks = any(rule.match.followed_by or rule.match.preceded_by for rule in recipe.rules)
-    if asks and sites and all(site.after is None for site in sites):
+    if asks and all(site.after is None for site in sites):
         raise RecipeError("followed_by and preceded_by need a model that torch.fx can trace, and this one is not")
     found: dict[str, int | None] = dict.fromkeys((site.name for site in sites), None)
     for index, rule in enumerate(recipe.rules):
         names = rule.match.find(sites)
         if not names and not rule.optional:
-            if not sites:
-                raise RecipeError("the model has no Conv2d, so there is nothing to swap")
             match = rule.match.model_dump(exclude_unset=True, mode="json")
             asked = ", ".join(f"{key} = {json.dumps(item)}" for key, item in match.items()) or "any conv"
             raise RecipeError(
@@ -240,16 +238,12 @@ def _original(model: nn.Module, site: Site, statistics: Statistics = NO_STATISTI
 
 def _at_site(model: nn.Module, site: Site, way: Way) -> Way | str:
     """Return the way with the batch norm that the kind folds in at the site, or why it cannot take the conv."""
-    reason, norm = refusal_of(site, way.kind), site.norm_behind
+    reason = site.refusal or way.kind.unsupported(site.conv) or (None if site.calls else "never runs in eval mode")
+    norm = site.norm_behind
     if reason is not None or norm is None:
         return reason or way
     folded = way.kind.fold_norm(way.settings, model.get_submodule(norm))
     return way if folded is None else Way(way.kind, folded, norm)
-
-
-def refusal_of(site: Site, kind: Replacement) -> str | None:
-    """Return the reason why this kind cannot replace the conv of a site, or None where it can."""
-    return site.refusal or kind.unsupported(site.conv) or (None if site.calls else "never runs in eval mode")
 
 
 def _no_gain(option: Option, old: Cost) -> str:
@@ -357,10 +351,11 @@ def find_candidates(model: nn.Module, sites: Sequence[Site], recipe: Recipe | No
 
 
 def _candidate(model: nn.Module, site: Site, way: Way) -> Candidate:
-    kind = way.kind
-    reason = refusal_of(site, kind)
-    if reason is not None or (kind.SIZES and not isinstance(kind, Pair)):
-        return Candidate(site, reason, kind=kind.name)
+    kind, found = way.kind, _at_site(model, site, way)
+    if isinstance(found, str):
+        return Candidate(site, found, kind=kind.name)
+    if kind.SIZES and not isinstance(kind, Pair):
+        return Candidate(site, kind=kind.name)
     if not isinstance(kind, Pair):
         # What approximates the conv is resolved from its weights, which would take as long as a plan.
         if kind.preserves(site.conv, way.settings):
@@ -434,15 +429,13 @@ def allocate(curves: Sequence[Sequence[Point]], limit: int) -> tuple[tuple[int, 
     blocked: set[int] = set()
     for slope, site, new in steps:
         extra = curves[site][new].cost - curves[site][chosen[site]].cost
-        if site in blocked:
-            continue
-        if extra > rest:
+        if extra <= rest and site not in blocked:
+            chosen[site] = new
+            rest -= extra
+        else:
             # Later steps of this site start from the point that was not reached.
             blocked.add(site)
             multiplier = multiplier or -slope
-            continue
-        chosen[site] = new
-        rest -= extra
     # Single sites move to the best point that the rest pays for, the largest gain first.
     costs = [[curve[index].cost for index in ladder] for curve, ladder in zip(curves, ladders, strict=True)]
     while curves:

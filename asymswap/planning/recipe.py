@@ -85,12 +85,6 @@ class Range(_Strict):
     min: Annotated[float, Field(strict=True)] | None = Field(None, description="The smallest number that is in it.")
     max: Annotated[float, Field(strict=True)] | None = Field(None, description="The largest number that is in it.")
 
-    @model_validator(mode="after")
-    def _not_empty(self) -> Range:
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min = {self.min:g} is above max = {self.max:g}")
-        return self
-
     def holds(self, value: float) -> bool:
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
@@ -180,7 +174,9 @@ class Match(_Strict):
                 if not any(map(allows, values)):
                     return False
         for words, neighbours in ((self.followed_by, site.after or ()), (self.preceded_by, site.before or ())):
-            if words is not None and not any(vocabulary.fits(word, near.op) for word in words for near in neighbours):
+            if words is not None and not any(
+                near.op in words or ("activation" in words and near.op in vocabulary.ACTIVATIONS) for near in neighbours
+            ):
                 return False
         return self._names(site)
 
@@ -412,13 +408,11 @@ def _overridden(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str
     kinds = [(swap, replacements.load(swap["kind"])) for swap in swaps if swap.get("kind") in replacements.names()]
     known = {key for _, kind in kinds for key in kind.settings.model_fields}
     parts = {key.removeprefix("budget."): new for key, new in overrides.items() if key.startswith("budget.")}
-    sized = False
+    sized = any(key in kind.SIZES for key in overrides for _, kind in kinds)
     for key in (key for key in overrides if not key.startswith("budget.")):
         for swap, kind in kinds:
-            if key in kind.SIZES:
-                sized = True
-                for size in kind.SIZES:
-                    swap.pop(size, None)
+            for size in kind.SIZES if key in kind.SIZES else ():
+                swap.pop(size, None)
             if key in kind.settings.model_fields:
                 swap[key] = overrides[key]
         if key not in known:

@@ -39,8 +39,7 @@ def copy_(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     with torch.no_grad():
         cast(Tensor, module.weight).copy_(weight)
         if module.bias is not None:
-            own = cast(Tensor, module.bias)
-            own.copy_(torch.zeros_like(own) if bias is None else bias)
+            cast(Tensor, module.bias).copy_(torch.tensor(0.0) if bias is None else bias)
 
 
 def margins(conv: ConvSpec) -> tuple[Size, Size]:

@@ -28,7 +28,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asymswap.errors import PlanError, RecipeError, near_names
+from asymswap.errors import RecipeError, near_names
 from asymswap.factorize import svd
 from asymswap.replacements import _convs
 from asymswap.replacements.base import GrowingSettings, Original, Replacement, as_size
@@ -250,9 +250,9 @@ class Branches(Replacement):
 
         An InstanceNorm2d, which counts as batch_norm too, cannot, nor one with additions or no running statistics.
         """
-        if settings.bn == "shared" or type(norm) is not nn.BatchNorm2d:
+        if settings.bn == "shared" or type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
             return None
-        if norm.running_mean is None or norm.running_var is None or additions(norm, nn.BatchNorm2d(1, device="meta")):
+        if additions(norm, nn.BatchNorm2d(1, device="meta")):
             return None
         momentum = "cumulative" if norm.momentum is None else norm.momentum
         return settings.model_copy(update={"eps": norm.eps, "momentum": momentum})
@@ -261,16 +261,8 @@ class Branches(Replacement):
         return BranchSum(self.at(conv, settings), settings)
 
     def init_(self, module: nn.Module, original: Original, settings: Any) -> None:
-        """Make the branches and the conv beside them compute what conv and batch norm did, in eval mode.
-
-        Raises PlanError for a batch norm that cannot be taken over.
-        """
+        """Make the branches and the conv beside them compute what conv and batch norm did, in eval mode."""
         conv, norm = original.conv, original.norm
-        if norm is not None and settings.bn == "shared":
-            raise PlanError(f'kind {self.name!r} takes over a batch norm with bn = "branch" only')
-        if norm is not None and self.fold_norm(settings, norm) is None:
-            what = f"a {type(norm).__name__} with hooks or no running statistics"
-            raise PlanError(f"kind {self.name!r} cannot take over {what}")
         scale_O, shift_O = (torch.ones(()), torch.zeros(())) if norm is None else _convs.affine(norm)
         square, *branches = cast(BranchSum, module).branches
         shares, normed = getattr(settings, "start", "nothing") == "share", settings.bn == "branch"

@@ -22,10 +22,10 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torchvision import ops
 
-from asymswap.errors import PlanError, RecipeError
+from asymswap.errors import RecipeError
 from asymswap.replacements import _convs
 from asymswap.replacements.base import GrowingSettings, Original, Replacement
-from asymswap.types import ConvSpec, Cost, Option, Site, Size
+from asymswap.types import ConvSpec, Cost, Site, Size
 from asymswap.utils.tensors import is_channels_last
 
 BILINEAR_MACS = 4  # multiply-adds of one sample between pixels: one for each of the four pixels around it
@@ -61,8 +61,6 @@ class PredictedOffsetConv2d(nn.Module):
         if conv.padding_mode == "zeros":
             self.margins, self.padding = (0, right - left, 0, bottom - top), (top, left)
         self.predictor = _convs.new_conv(_predictor(conv, mask, offset_groups), cls=PredictorConv2d)
-        for parameter in self.predictor.parameters():
-            nn.init.zeros_(parameter)
         dtype = self.predictor.weight.dtype
         self.weight = nn.Parameter(torch.empty(conv.out_channels, conv.group_in, *conv.kernel, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=dtype)) if conv.bias else None
@@ -96,14 +94,7 @@ class PredictedOffset(Replacement):
         sampling = Cost(pixels * samples * (BILINEAR_MACS + settings.mask), 0)
         return site.cost + replace(site, conv=predictor).cost + sampling
 
-    def resolve(self, site: Site, original: Original, settings: Settings) -> Option:
-        if problem := _undivided(site.conv, settings):
-            raise RecipeError(problem)
-        return super().resolve(site, original, settings)
-
     def build(self, conv: ConvSpec, settings: Settings) -> PredictedOffsetConv2d:
-        if problem := _undivided(conv, settings):
-            raise PlanError(f"kind 'predicted-offset': {problem}")
         return PredictedOffsetConv2d(conv, mask=settings.mask, offset_groups=settings.offset_groups)
 
     def init_(self, module: nn.Module, original: Original, settings: Settings) -> None:
@@ -119,8 +110,7 @@ class PredictedOffset(Replacement):
 
     def tap_offsets(self, module: nn.Module, x: Tensor) -> Tensor:
         own = cast(PredictedOffsetConv2d, module)
-        with torch.no_grad():
-            predicted_NGTCHW: Tensor = own.predict_offsets(x).unflatten(1, (own.offset_groups, -1, 2))
+        predicted_NGTCHW: Tensor = own.predict_offsets(x).detach().unflatten(1, (own.offset_groups, -1, 2))
         return predicted_NGTCHW.permute(0, 1, 4, 5, 2, 3).flatten(0, 3)
 
     def without_offsets(self, module: nn.Module, conv: ConvSpec) -> nn.Conv2d:
@@ -130,13 +120,10 @@ class PredictedOffset(Replacement):
 
 
 def _predictor(conv: ConvSpec, mask: bool, offset_groups: int) -> ConvSpec:
+    if conv.in_channels % offset_groups:
+        raise RecipeError(f"offset_groups = {offset_groups} does not divide the {conv.in_channels} input channels")
     channels = (3 if mask else 2) * offset_groups * math.prod(conv.kernel)
     return replace(conv, out_channels=channels, groups=1, bias=True)
-
-
-def _undivided(conv: ConvSpec, settings: Settings) -> str | None:
-    groups, channels = settings.offset_groups, conv.in_channels
-    return f"offset_groups = {groups} does not divide the {channels} input channels" if channels % groups else None
 
 
 # torch.fx cannot follow torchvision's function, which decides by shapes: the call stays one node of a graph.

@@ -15,15 +15,12 @@ from asymswap.replacements import _convs
 from asymswap.replacements.base import SIZE_SCHEMA, GrowingSettings, Original, Replacement, as_size
 from asymswap.types import ConvSpec, Cost, Option, Site, Size
 
-
-def _as_pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else as_size(value)
-
-
 Side = Annotated[int, Field(ge=1)]
-Taps = Annotated[tuple[Side, Side], BeforeValidator(_as_pair), SIZE_SCHEMA]
-Pixels = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], SIZE_SCHEMA]
-Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(_as_pair)]
+Margin = Annotated[int, Field(ge=0)]
+# Not strict, so that the lists of a plan are tuples again.
+Taps = Annotated[tuple[Side, Side], Field(strict=False), BeforeValidator(as_size), SIZE_SCHEMA]
+Pixels = Annotated[tuple[Margin, Margin], Field(strict=False), SIZE_SCHEMA]
+Padding = Annotated[Pixels | Literal["same", "valid"], BeforeValidator(as_size)]
 
 
 class Settings(GrowingSettings):
@@ -89,13 +86,10 @@ def _check(conv: ConvSpec, grown: ConvSpec) -> None:
         about = f"its taps would not meet those of {old} and dilation {dilation}"
         raise RecipeError(f"kernel = {new}, dilation = {step}: {about}")
     suitable, _ = _convs.centred(conv, grown.kernel, grown.dilation)
-    about = f"padding = {_text(grown.padding)}:"
-    if grown.padding == "same" and grown.stride != (1, 1):
-        raise RecipeError(
-            f"{about} a conv of stride {_text(conv.stride)} cannot have it; give {_text(suitable.padding)}"
-        )
-    if grown.pads != suitable.pads:
-        raise RecipeError(f"{about} the output keeps its size and place with {_text(suitable.padding)} only")
+    # A conv with a stride cannot have "same".
+    if grown.pads != suitable.pads or (grown.padding == "same" and grown.stride != (1, 1)):
+        about = f"the output keeps its size and place with {_text(suitable.padding)} only"
+        raise RecipeError(f"padding = {_text(grown.padding)}: {about}")
 
 
 def _text(size: Size | str) -> str:

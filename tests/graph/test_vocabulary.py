@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from asymswap.graph.vocabulary import ACTIVATIONS, OTHERS, canonical, fits
+from asymswap.graph.vocabulary import ACTIVATIONS, OTHERS, canonical
 
 ACTIVATION_CLASSES = [
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
@@ -52,9 +52,3 @@ def test_activation_classes_are_known(activation: type[nn.Module]) -> None:
 def test_canonical_names(name: str, expected: str) -> None:
     assert canonical(name) == expected
     assert expected in ACTIVATIONS | OTHERS
-
-
-def test_activation_stands_for_all_of_them() -> None:
-    assert fits("activation", "silu")
-    assert not fits("activation", "batch_norm")
-    assert fits("add", "add")
