@@ -50,7 +50,7 @@ class Metric:
         what, lower = self.function, self.lower_is_better
         if not callable(what):
             raise AsymswapError(f"models are measured by data, a function or a Metric, not by {what!r:.60}")
-        if not isinstance(lower, str | tuple | list | set | frozenset):
+        if not isinstance(lower, Collection) or not all(isinstance(name, str) for name in lower):
             raise AsymswapError(f"`lower_is_better={lower!r:.60}` is no tuple or set of names")
         own = str(getattr(what, "__name__", type(what).__name__)).replace("<lambda>", "metric")
         object.__setattr__(self, "name", self.name or own)
