@@ -50,16 +50,10 @@ def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ..
         if labels is None:
             return images, [-1] * len(images), ()
         given = _tensor(labels)
-        given = given.reshape(-1) if given.numel() == len(images) else given
-        whole = not (given.is_floating_point() or given.is_complex())
-        # torch has no minimum of the larger unsigned types.
-        given = given.to(torch.int64) if whole else given
-        if given.shape != (len(images),) or not whole or int(given.min()) < 0:
+        numbers = given.flatten().tolist() if given.numel() == len(images) else []
+        if not numbers or not all(isinstance(one, int) and 0 <= one < _MOST_CLASSES for one in numbers):
             what = f"has labels of shape {tuple(given.shape)} and {given.dtype} for {len(images)} images"
-            raise _UnfitError(what, "give one whole number from 0 on for each")
-        numbers: list[int] = given.tolist()
-        if max(numbers) >= _MOST_CLASSES:
-            raise _UnfitError(f"has a label {max(numbers)}, which is no number of a class")
+            raise _UnfitError(what, f"give a whole number from 0 to {_MOST_CLASSES - 1:,} for each")
         classes: Any = range(max(numbers) + 1) if entries.get("classes") is None else entries["classes"]
         if (isinstance(classes, np.ndarray) or _is_strided(classes)) and classes.ndim == 1:
             classes = classes.tolist()
@@ -67,7 +61,7 @@ def read_arrays(path: Path, part: str) -> tuple[Tensor, list[int], tuple[str, ..
             raise _UnfitError("has 'classes' that are no list of names", "give one text for each class")
         if max(numbers) >= len(classes):
             raise _UnfitError(f"has a label {max(numbers)}, but names only {len(classes)} classes")
-        return images, numbers, tuple(map(str, classes))
+        return images, [int(one) for one in numbers], tuple(map(str, classes))
     except _UnfitError as error:
         raise SourceError(f"data {path} {error}") from None
 
@@ -104,10 +98,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
-    except SourceError as error:
-        raise _UnfitError(f"cannot be read ({error})") from None
-    except _DAMAGED as error:
-        raise _UnfitError(f"cannot be read ({reason_of(error)})") from None
+    except (SourceError, *_DAMAGED) as error:
+        raise _UnfitError(f"cannot be read ({reason_of(error, 300)})") from None
     if isinstance(value, Tensor):
         return {"images": value}
     if isinstance(value, list | tuple) and len(value) == 2:
@@ -120,8 +112,6 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _read_npy(file: IO[bytes], size: int) -> Any:
     """Read an array from an .npy file of `size` bytes; no size in its header is trusted."""
     version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"it is an .npy file of version {version[0]}.{version[1]}, which holds no plain arrays")
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
     if dtype.hasobject or dtype.kind not in "biufcSU":
@@ -136,9 +126,7 @@ def _read_npy(file: IO[bytes], size: int) -> Any:
 
 def _tensor(value: Any) -> Tensor:
     """Return tensors, numpy's own arrays and lists of plain numbers as a tensor; refuse everything else."""
-    if isinstance(value, np.ndarray) and value.dtype.itemsize > 8:
-        raise _UnfitError(f"holds an array of {value.dtype}", "store numbers of at most 64 bits")
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         return torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="), copy=False)))
     if isinstance(value, list | tuple) and value and all(type(item) in (bool, int, float) for item in value):
         if any(type(item) is int and abs(item) >= 2**63 for item in value):
@@ -149,7 +137,8 @@ def _tensor(value: Any) -> Tensor:
             raise _UnfitError("holds a list of tensors of several shapes")
         return torch.stack([item.detach() for item in value])
     if not _is_strided(value):
-        raise _UnfitError(f"holds a {type(value).__name__}, which is no plain tensor")
+        what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        raise _UnfitError(f"holds {what}, which is no plain tensor")
     tensor: Tensor = value.detach().resolve_conj().resolve_neg()
     return tensor
 

@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import InterpolationMode, v2
 
 from asymswap.data.datasets import LabelledImages, geometry, to_input
-from asymswap.errors import AsymswapError, SourceError, call, near_names
+from asymswap.errors import AsymswapError, SourceError, call, check_choice
 from asymswap.types import Preprocessing
 from asymswap.utils.distributed import Team
 from asymswap.utils.tensors import generator_for, map_tensors, number_for, random_state_kept, seed_
@@ -179,7 +179,6 @@ class Batches:
             self.notes += (f"the last {rest % team.size} batches of each epoch are left out, fewer than the processes",)
 
     def _read(self, epoch: int) -> Generator[Any, None, None]:
-        """Yield all batches of an epoch."""
         seed_(self._seed, "data", epoch)
         data = call(self._what, self._make)
         own = getattr(data, "generator", None)
@@ -218,9 +217,7 @@ def parse_presets(text: str) -> tuple[str, ...]:
     """Parse `flip-crop` or `randaugment,mixup`: at most one preset for pictures, and any for batches."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
-        if name not in PRESETS + MIXES:
-            hint = near_names(name, PRESETS + MIXES) or f"; known: {', '.join(PRESETS + MIXES)}"
-            raise SourceError(f"no augmentation {name!r}{hint}")
+        check_choice("`augment=…`", name, PRESETS + MIXES)
     if sum(name in PRESETS for name in names) > 1:
         raise SourceError(f"`augment={text}`: give one of {', '.join(PRESETS)}; mixup and cutmix may be added to it")
     return names

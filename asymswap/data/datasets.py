@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import urllib.error
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +31,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image as TensorImage
 
 from asymswap.data import arrays
-from asymswap.data.references import COLLECTIONS, HOW_TO_NAME, PAIRED, TENSORS, check_reference
-from asymswap.errors import SourceError, call, near_names, reason_of
+from asymswap.data.references import COLLECTIONS, PAIRED, TENSORS, check_reference
+from asymswap.errors import SourceError, call, check_choice, reason_of
 from asymswap.types import Patches, Preprocessing
 from asymswap.utils.tensors import generator_for
 
@@ -131,10 +130,7 @@ def open_data(
         raise SourceError(f"{what}; give `input_size=…`, or a file of tensors")
     if not channels == means == stds:
         raise SourceError(f"preprocessing has {means} means and {stds} stds for {channels} channels; give one for each")
-    modes = [mode.value for mode in InterpolationMode]
-    if known.interpolation not in modes:
-        hint = near_names(known.interpolation, modes) or f"; known are {', '.join(modes)}"
-        raise SourceError(f"there is no interpolation {known.interpolation!r}{hint}")
+    check_choice("`interpolation=…`", known.interpolation, [mode.value for mode in InterpolationMode])
     name, colon, path = reference.partition(":")
     if reference == "digits":
         with np.load(Path(__file__).with_name("digits.npz")) as stored:
@@ -156,15 +152,13 @@ def open_data(
         raise SourceError(f"`download=True` is for {', '.join(COLLECTIONS)}; {reference!r} cannot be downloaded")
     if place.is_dir():
         return _open_folder(place, known, part, unlabelled)
-    if tensors:
-        images, labels, classes = arrays.read_arrays(place, part)
-        if not classes and not unlabelled:
-            raise SourceError(f"data {place} holds images without labels; give an .npz or .pt file with both")
-        about = f"file {place}: {len(labels)} images of {len(classes)} classes"
-        own = images.dtype != torch.uint8
-        return LabelledImages(labels, from_memory(images, channels), classes, about, known, as_they_are=own)
     check_reference(reference)
-    raise SourceError(f"data {reference!r} is neither a folder nor a file of tensors; {HOW_TO_NAME}")
+    images, labels, classes = arrays.read_arrays(place, part)
+    if not classes and not unlabelled:
+        raise SourceError(f"data {place} holds images without labels; give an .npz or .pt file with both")
+    about = f"file {place}: {len(labels)} images of {len(classes)} classes"
+    own = images.dtype != torch.uint8
+    return LabelledImages(labels, from_memory(images, channels), classes, about, known, as_they_are=own)
 
 
 def patches_from(data: LabelledImages, patches: Patches, count: int, seed: int) -> LabelledImages:
@@ -199,11 +193,9 @@ def _open_collection(name: str, folder: Path, known: Preprocessing, part: Part, 
         raise SourceError(f"data {name}:{folder} has no folder {holds}; give the folder above it, or `download=True`")
     try:
         found = make(str(root), train=part == "train", download=download)
-    except (urllib.error.URLError, HTTPException) as error:
-        raise SourceError(f"data {name} cannot be downloaded ({getattr(error, 'reason', error)})") from None
-    except (RuntimeError, OSError, ValueError, EOFError, AssertionError) as error:
-        what = f"data {name}:{folder} cannot be read ({reason_of(error)})"
-        raise SourceError(f"{what}; `download=True` fetches it again") from None
+    except (RuntimeError, OSError, ValueError, EOFError, AssertionError, HTTPException) as error:
+        advice = "" if download else "; `download=True` fetches it again"
+        raise SourceError(f"data {name}:{folder} cannot be read ({reason_of(error)}){advice}") from None
     labels, classes = [int(label) for label in found.targets], tuple(found.classes)
     picture = partial(_nth, partial(_from_collection, PIL_MODES[known.channels]), found.data)
     description = f"{name} in {folder}: {len(labels)} {part} images of {len(classes)} classes"
@@ -240,8 +232,7 @@ def _open_folder(folder: Path, preprocessing: Preprocessing, part: Part, unlabel
     samples = make_dataset(str(root), numbers, is_valid_file=_is_image, allow_empty=True)
     if not samples:
         raise SourceError(f"the class folders of '{root}' hold no images; known are {', '.join(IMG_EXTENSIONS)}")
-    found = _of_files(root, samples, preprocessing, tuple(classes))
-    return replace(found, has_val=part == "train" and bool(parts["val"]))
+    return replace(_of_files(root, samples, preprocessing, tuple(classes)), has_val=bool(parts["val"]))
 
 
 def _of_files(
@@ -315,9 +306,8 @@ def to_input(preprocessing: Preprocessing) -> list[v2.Transform]:
 
 def own_samples(data: Any, preprocessing: Preprocessing) -> LabelledImages:
     """Return the samples of the user's dataset, or of a tensor, as if they were images without labels."""
-    picture = partial(call, "`data=…`", data.__getitem__)
-    description = f"{len(data)} samples of a {type(data).__name__}"
-    return LabelledImages([-1] * len(data), picture, (), description, preprocessing)
+    about = f"{len(data)} samples of a {type(data).__name__}"
+    return LabelledImages([-1] * len(data), partial(call, "`data=…`", data.__getitem__), (), about, preprocessing)
 
 
 def open_parts(
@@ -360,10 +350,9 @@ def open_parts(
             if not 0 < fraction < 1:
                 raise SourceError(f"`validation={fraction}` is no fraction of the images; give 0.1, none, test or data")
             kept, held = split(train.labels, fraction, seed)
-            about = f"of {train.description}"
+            about = f"of {train.description} (seed {seed})"
             if not held:
                 raise SourceError(f"a validation part of {fraction:g} {about} would be empty; give a larger one")
-            about += f" (seed {seed})"
             return train.some(kept, f"{len(kept)} {about}"), train.some(held, f"{len(held)} {about}")
     if other.classes != train.classes and not unlabelled:
         theirs, own = (f"({', '.join(data.classes[:5])} …)" for data in (other, train))

@@ -6,7 +6,7 @@ data compares outputs on the same held-back inputs.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ from asymswap.data import arrays
 from asymswap.data.datasets import LabelledImages, open_data, patches_from
 from asymswap.data.normalization import settle
 from asymswap.data.references import TENSORS
-from asymswap.errors import SourceError, call, reason_of
+from asymswap.errors import SourceError, call
 from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_size
 from asymswap.types import Patches, UserData
@@ -71,8 +71,6 @@ def open_inputs(opened: OpenedModel, given: UserData, count: int, seed: int = 0,
     if callable(data) and not isinstance(data, Iterable | Dataset):
         data = call("the data's function", data)
     if isinstance(data, Tensor):
-        if data.dim() == 0:
-            raise SourceError("the calibration data is a tensor of a single number; give a batch of samples")
         data = _Rows((data,))
     if isinstance(data, _Rows) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
         return _chosen(model, data, given, count, seed)
@@ -99,11 +97,10 @@ def _named_arguments(model: nn.Module, path: Path) -> Inputs | None:
     tensors = arrays.read_tensors(path)
     if len(tensors) < 2 or arrays.IMAGES & tensors.keys():
         return None
-    found = arguments_of(model, tensors)
     if len({tensor.shape[:1] for tensor in tensors.values()}) > 1:
         listed = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise SourceError(f"data {path} holds inputs of different numbers of samples ({listed})")
-    return found
+    return arguments_of(model, tensors)
 
 
 def _chosen(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, count: int, seed: int) -> Parts:
@@ -112,8 +109,7 @@ def _chosen(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, count
         raise SourceError("the calibration data holds no samples")
     # Always the same ones are held back, whatever the seed and the number of others.
     held, rest = held_back_of(total, given)
-    shuffled = torch.randperm(len(rest), generator=generator_for(seed, "calibration")).tolist()
-    chosen = [rest[number] for number in shuffled]
+    chosen = [rest[place] for place in torch.randperm(len(rest), generator=generator_for(seed, "calibration")).tolist()]
     parts: list[tuple[Any, Sequence[int]]] = [(data, chosen[:count]), (data, held)]
     if isinstance(data, LabelledImages) and given.patches != Patches():
         # Patches that are held back are of other images.
@@ -139,23 +135,19 @@ def held_back_of(total: int, given: UserData) -> tuple[list[int], list[int]]:
 def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indices: Sequence[int]) -> Batches:
     """Return batches of chosen samples, of about as many numbers each; up to a GiB is kept once it is read."""
 
-    def load(groups: Sequence[Sequence[int]], number: int) -> Inputs:
-        group = list(groups[number])
+    def load(group: Sequence[int]) -> Inputs:
         if isinstance(data, _Rows):
             return placed(model, map_tensors(data.arguments, lambda one: one[group] if one.dim() else one))
-        try:
-            batch = default_collate([data[index] for index in group])
-        except (TypeError, RuntimeError) as error:
-            what = f"samples of {type(data).__name__} make no batch ({reason_of(error)})"
-            raise SourceError(f"{what}; give a DataLoader with a collate_fn") from None
+        what, hint = f"putting samples of {type(data).__name__} into a batch", "; give a DataLoader with a collate_fn"
+        batch = call(what, lambda: default_collate([data[index] for index in group]), hint=hint)
         if isinstance(data, LabelledImages):
             return placed(model, ([*batch[0]] if data.preprocessing.form == "image-list" else batch[0],))
         return placed(model, arguments_of(model, batch, given.inputs))
 
-    first = list_tensors(load([indices[:1]], 0))
+    first = list_tensors(load(indices[:1]))
     size = max(4, min(128, _PIXELS // max(one.shape[-2:].numel() if one.dim() > 2 else 1 for one in first)))
     groups = [indices[start : start + size] for start in range(0, len(indices), size)]
-    loaded: Callable[[int], Inputs] = partial(load, groups)
+    loaded: Callable[[int], Inputs] = lambda number: load(groups[number])  # noqa: E731
     if len(indices) * sum(one.nbytes for one in first) < 2**30:
         loaded = cache(loaded)
     about = given.reference if isinstance(data, _Rows) else type(data).__name__

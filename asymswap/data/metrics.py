@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
+from torchvision import models
 from torchvision.transforms import v2
 
 from asymswap.data.datasets import PIL_MODES, LabelledImages, open_data, paired_files, read_picture, to_input
@@ -50,7 +51,7 @@ class Metric:
         what, lower = self.function, self.lower_is_better
         if not callable(what):
             raise AsymswapError(f"models are measured by data, a function or a Metric, not by {what!r:.60}")
-        if not isinstance(lower, str | tuple | list | set | frozenset):
+        if not isinstance(lower, Collection) or not all(isinstance(name, str) for name in lower):
             raise AsymswapError(f"`lower_is_better={lower!r:.60}` is no tuple or set of names")
         own = str(getattr(what, "__name__", type(what).__name__)).replace("<lambda>", "metric")
         object.__setattr__(self, "name", self.name or own)
@@ -171,10 +172,8 @@ def predict(
 ) -> Predictions:
     """Run the model in eval mode on the images or this process's share of them; `context` surrounds each forward pass.
 
-    Raises SourceError for no image, for no classifier of these classes, and if `strict` for an unreadable image.
+    Raises SourceError where no image can be read, or if `strict` one cannot, and for no classifier of these classes.
     """
-    if len(data) == 0:
-        raise SourceError(f"there is nothing to evaluate on: {data.description}")
     chosen: Any = range(team.rank, len(data), team.size)
     # A generator of its own: the loader would otherwise draw from the global one.
     loader: Iterable[Any] = DataLoader(
@@ -206,15 +205,13 @@ def predict(
             progress(done + unreadable, len(chosen))
     if not parts and team.size == 1:
         raise SourceError(f"no image can be read of {data.description}; `strict=True` names the first that cannot")
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
-    numbers, labels, guesses, ranks, losses = columns
-    return Predictions(numbers, labels, guesses, ranks, losses, scores, seconds, unreadable)
+    columns: Any = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
+    return Predictions(*columns, scores, seconds, unreadable)
 
 
 def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:
     """Return the model's number of classes; SourceError for fewer than the data's, with `exact` also for more."""
-    known = data.preprocessing
-    image = torch.zeros(known.channels, *known.size) if exact else data[0][0]
+    image = torch.zeros(data.preprocessing.channels, *data.preprocessing.size) if exact else data[0][0]
     return check_scores(output_of(model, (image[None],)), data, exact).shape[1]
 
 
@@ -245,14 +242,10 @@ def known_classes(opened: OpenedModel) -> tuple[str, ...]:
     history, name = read_provenance(opened.provenance, opened.reference), opened.origin.reference
     if history.training:
         return history.training[-1].classes
-    if not name.startswith("torchvision:"):
-        return ()
-    from torchvision import models
-
     try:
         known = models.get_model_weights(name.removeprefix("torchvision:"))
         weights = known[history.report.model.weights or opened.weights]
-    except (KeyError, ValueError):
+    except (KeyError, ValueError):  # another network than torchvision's, or other weights
         return ()
     return tuple(weights.meta.get("categories", ()))
 
@@ -263,8 +256,7 @@ def check_class_names(known: Sequence[str], data: LabelledImages) -> None:
     for number, name in enumerate(data.classes if len(numbers) == len(known) else ()):
         if numbers.get(name, number) != number:
             what = f"class {name!r} is number {number} of the data and number {numbers[name]} of the model"
-            advice = "name the data's classes so that they sort as the model's"
-            raise SourceError(f"{what} ({data.description}); {advice}")
+            raise SourceError(f"{what} ({data.description}); name the data's classes so that they sort as the model's")
 
 
 class Labelled(Evaluator):
@@ -279,7 +271,6 @@ class Labelled(Evaluator):
             self.note = f"the model scores {scored} classes, the data has {self.classes}: do they agree?"
 
     def predict(self, model: nn.Module, progress: Steps) -> Predictions:
-        """Return what the model says of each image."""
         return predict(model, self.data, progress=progress, **self._options)
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
@@ -295,11 +286,7 @@ def _hash(value: object) -> str:
 class _Paired(Evaluator):
     """Images, each with a picture of what is right, of the same stem."""
 
-    SIZED = ""
-
-    def __init__(
-        self, reference: str, known: Preprocessing, crop: int = 0, chosen: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, reference: str, known: Preprocessing, crop: int = 0, chosen: list[int] | None = None) -> None:
         # Opened for what it refuses: networks that do not take single images.
         opened = open_data(reference, known, "test", unlabelled=True)
         self.known, self.crop = opened.preprocessing, crop
@@ -308,7 +295,8 @@ class _Paired(Evaluator):
         pairs = paired_files(reference)
         self.pairs = pairs if chosen is None else [pairs[number] for number in chosen]
         self.images = len(self.pairs)
-        self.description = f"{reference}, {self.images} images" + self.SIZED
+        self.description = f"{reference}, {self.images} images"
+        self.description += ", each at its own size" if paired_kind(reference) == "pairs" else ""
         self.description += f", without {crop} pixels at each border" if crop else ""
         files = [(path.name, path.stat().st_size) for pair in self.pairs for path in pair]
         self.fingerprint = _hash((files, crop))
@@ -343,8 +331,6 @@ class Pairs(_Paired):
 
     Outputs are taken to be normalised as inputs, and are clamped to 0 to 1. SSIM: Wang et al., 2004, by torchmetrics.
     """
-
-    SIZED = ", each at its own size"
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
         known, crop, ssim = self.known, self.crop, 0.0
@@ -469,8 +455,7 @@ def read_metric(reference: str) -> Metric:
     if name == reference or "/" in name or name.endswith(".py"):
         raise SourceError(f"metric {reference!r}: give FILE.py:FUNCTION, or package.module:FUNCTION")
     with found_callable(reference) as function:
-        module = sys.modules.get(getattr(function, "__module__", ""))
-    beside = vars(module) if module is not None else {}
+        beside = vars(sys.modules[function.__module__])
 
     @wraps(function, updated=())  # which says where its source is
     def quiet(model: nn.Module) -> Any:

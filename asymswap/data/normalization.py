@@ -91,8 +91,7 @@ def _sized(known: Preprocessing, data: LabelledImages, order: Sequence[int]) -> 
     """Return the preprocessing with the size of the input, and a warning if the size is a guess."""
     if known.size_from not in ("assumed", "family"):
         return known, ()
-    pictures = _readable(data.picture, order[:_IMAGES])
-    sizes = ((height, width) for height, width in map(v2.functional.get_size, pictures))
+    sizes: Iterator[Any] = map(tuple, map(v2.functional.get_size, _readable(data.picture, order[:_IMAGES])))
     native = next(sizes, None)
     if native is None or any(other != native for other in sizes):
         return known, pre.size_warning(known)

@@ -21,8 +21,8 @@ def check_reference(reference: str) -> None:
     place = Path(reference).expanduser()
     if reference == "digits" or (colon and (name in COLLECTIONS or name in PAIRED)):
         return
-    if place.is_file() and place.suffix not in TENSORS:
-        raise SourceError(f"data {reference!r} is a file; {HOW_TO_NAME}")
     if not place.exists():
         hint = near_names(name if colon else reference, ["digits", *COLLECTIONS]) or f"; {HOW_TO_NAME}"
         raise SourceError(f"data {reference!r} is neither a known name nor an existing folder{hint}")
+    if not place.is_dir() and (place.suffix not in TENSORS or not place.is_file()):
+        raise SourceError(f"data {reference!r} is a file; {HOW_TO_NAME}")

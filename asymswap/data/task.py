@@ -7,7 +7,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from asymswap.errors import SourceError, near_names
+from asymswap.errors import SourceError, near_names, reason_of
 from asymswap.models.factories import running
 
 # The functions of a task file, and what they get.
@@ -30,7 +30,7 @@ class Task:
     evaluate: Callable[[Any], Any] | None = None
     training: Callable[[], Any] | None = None
     loss: Callable[[Any, Any], Any] | None = None
-    lower_is_better: tuple[str, ...] = ()
+    lower_is_better: Any = ()  # as a `Metric` takes it
 
 
 def read_task(path: str | Path) -> Task:
@@ -50,17 +50,10 @@ def read_task(path: str | Path) -> Task:
     if not found:
         raise SourceError(f"{home} has none of the functions of a task: {', '.join(FUNCTIONS)}")
     for name, function in found.items():
-        call = f"{name}({FUNCTIONS[name]})"
-        if not callable(function):
-            raise SourceError(f"{home}: {name} is a {type(function).__name__}; write a function, def {call}")
         try:
             inspect.signature(function).bind(*FUNCTIONS[name].split())
         except TypeError as error:
-            raise SourceError(f"{home}: {name} is called as {call}: {error}") from None
+            raise SourceError(f"{home}: {name} is called as {name}({FUNCTIONS[name]}): {reason_of(error)}") from None
         except ValueError:
             pass  # a builtin has no signature
-    lower = names.get(_LOWER, ())
-    lower = (lower,) if isinstance(lower, str) else lower
-    if not isinstance(lower, list | tuple | set) or not all(isinstance(name, str) for name in lower):
-        raise SourceError(f'{home}: {_LOWER} is {lower!r}; give names of your metric, such as ("loss",)')
-    return Task(home, **found, lower_is_better=tuple(lower))
+    return Task(home, **found, lower_is_better=names.get(_LOWER, ()))

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,9 +102,7 @@ def measure_fidelity(
     with conv_hooks(original, see):
         output = compare_outputs(original, converted, inputs, parts)
     convs, kernels = find_convs(original), {}
-    for one in plan.swaps:
-        if one.absorbs is not None:
-            continue
+    for one in (one for one in plan.swaps if one.absorbs is None):
         (kind, settings), conv = replacements.load_swap(one), convs[one.site][0]
         fused = kind.fuse(converted.get_submodule(one.site), read_conv(conv), settings)
         if fused is not None and fused.weight.shape == conv.weight.shape:
@@ -193,9 +191,8 @@ def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 @dataclass
-class _Output:
-    shape: Sequence[int]
-    sums: Sums = field(default_factory=Sums)
+class _Output(Sums):
+    shape: Sequence[int] = ()  # of a network's own output: in parts, a map of three channels is no image
     same: int = 0
     votes: int = 0
     cosines: float = 0.0
@@ -203,7 +200,7 @@ class _Output:
     numbers: int = 0
 
     def add(self, one: Tensor, other: Tensor) -> None:
-        self.sums.add(one, other)
+        super().add(one, other)
         self.numbers += one.numel()
         if one.dim() >= 2 and one.shape[1] >= 2 and one.is_floating_point():
             self.same += int((one.argmax(1) == other.argmax(1)).sum())
@@ -211,16 +208,15 @@ class _Output:
             self.cosines += float(F.cosine_similarity(one.double().flatten(1), other.double().flatten(1)).sum())
             self.rows += len(one)
 
-    def result(self, name: str, scores: bool, whole: bool) -> OutputAgreement:
+    def result(self, name: str, scores: bool) -> OutputAgreement:
         """Return the measure that suits the output: scores, embeddings, images, other values."""
-        relative = self.sums.relative
-        shape = self.shape if whole else ()  # in parts, a map of three channels is no image
+        relative, shape = self.relative, self.shape
         if scores and self.votes:
             interval = wilson_interval(self.same, self.votes)
             return OutputAgreement(name, "top-1", self.same / self.votes, relative, interval)
         if len(shape) == 2 and self.rows:
             return OutputAgreement(name, "cosine", self.cosines / self.rows, relative)
-        size, error = math.sqrt(self.sums.energy / self.numbers), self.sums.squares / self.numbers
+        size, error = math.sqrt(self.energy / self.numbers), self.squares / self.numbers
         peak = next((peak for peak, (low, high) in _PEAKS.items() if low <= size <= high), None)
         if len(shape) == 4 and shape[1] in (1, 3) and peak is not None:
             value = math.inf if error == 0 else 10 * math.log10(peak**2 / error)
@@ -245,31 +241,29 @@ def measure_agreement(
     that it lacks are put into it while they take little memory.
     """
     known = {} if known is None else known
-    room = _KNOWN - sum(tensor.nbytes for one in known.values() for tensor in one.values())
     found: dict[str, _Output] = {}
     whole, done = tuple(parts) == WHOLE, 0
 
     def outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         seen = defaultdict[str, list[Any]](list)
-        with hooked(model, () if whole else parts, after=lambda name, _, __, output: seen[name].append(output)):
-            output = model(*copied(inputs))
-        return dict(named_outputs(output if whole else dict(list(seen.items())[-_LAST_PARTS:])))
+        with hooked(model, parts, after=lambda name, _, __, output: seen[name].append(output)):
+            model(*copied(inputs))
+        return dict(named_outputs(dict(list(seen.items())[-_LAST_PARTS:])))
 
     with eval_mode(original, other), torch.inference_mode():
         for number, (batch, own) in enumerate(batches):
-            ones = known[number] if number in known else outputs_of(original, batch)
-            if number not in known:
-                room -= sum(tensor.nbytes for tensor in ones.values())
-                known |= {number: ones} if room > 0 else {}
+            ones = known[number] = known[number] if number in known else outputs_of(original, batch)
+            if sum(tensor.nbytes for kept in known.values() for tensor in kept.values()) > _KNOWN:
+                del known[number]
             others = outputs_of(other, own)
             for name, one in ones.items():
                 its = others.get(name)
                 if its is not None and its.shape == one.shape and one.numel():
-                    found.setdefault(name, _Output(one.shape)).add(one, its)
+                    found.setdefault(name, _Output(shape=one.shape if whole else ())).add(one, its)
             done += samples_in(batch)
             step(done)
     # In the network's own order, for the first decides.
-    return tuple(one.result(name, scores, whole) for name, one in found.items())
+    return tuple(one.result(name, scores) for name, one in found.items())
 
 
 class _StandIn(nn.Module):
@@ -319,8 +313,7 @@ def check_stand_ins(model: nn.Module, names: Sequence[str], inputs: Inputs) -> N
             return None
         return f"the model's output changes by {gap(after):.1e} although the layer computes the same"
 
-    reason = change(names)
-    if reason is None:
+    if (reason := change(names)) is None:
         return
     single = ((name, change([name])) for name in names)
     name, why = next(((name, why) for name, why in single if why is not None), (", ".join(names[:4]), reason))
@@ -344,8 +337,7 @@ def _run(
         seen = args[0] if args else next(iter(kwargs.values()))
         calls[name].append(Call.of(seen.shape, output.shape))
 
-    fixed = torch.random.fork_rng(devices=[])
-    with hooked(copied, names, after=see), eval_mode(copied), torch.no_grad(), fixed:
+    with hooked(copied, names, after=see), eval_mode(copied), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return [tensor.clone() for tensor in list_tensors(copied(*inputs))], calls
 

@@ -103,7 +103,7 @@ def test_bad_input(run: Run, refusal: Run, start: Path) -> None:
         ((start, "--data", "photos"), "no image of class 'dog' to train on"),
         ((start, *SHORT, "--steps", "3"), "give either --epochs or --steps"),
         ((start, *SHORT, "--optimizer", "adamv"), "--optimizer 'adamv' is unknown; did you mean adamw"),
-        ((start, *SHORT, "--augment", "flap"), "no augmentation 'flap'"),
+        ((start, *SHORT, "--augment", "flap"), "--augment 'flap' is unknown; did you mean"),
         (
             (start, *SHORT, "--distill", "digits-resnt"),
             "the teacher digits-resnt cannot be used: .*did you mean digits-res",

@@ -113,5 +113,5 @@ def test_models_that_do_not_classify_the_data(five: LabelledImages, output: obje
 
 
 def test_no_images() -> None:
-    with pytest.raises(SourceError, match="there is nothing to evaluate on: a test set"):
+    with pytest.raises(SourceError, match="no image can be read of a test set"):
         predict(Lookup(), labelled(torch.zeros(0, 1, 3, 3), [], 3))

@@ -172,13 +172,13 @@ def test_mixed_batches_have_shares_of_classes() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("flipcrop", r"no augmentation 'flipcrop'; did you mean flip-crop"),
-        ("xyz", "no augmentation 'xyz'; known: none, flip, crop, flip-crop, randaugment, mixup, cutmix"),
+        ("flipcrop", r"`augment=…` 'flipcrop' is unknown; did you mean flip-crop"),
+        ("xyz", "`augment=…` 'xyz' is unknown; choose none, flip, crop, flip-crop, randaugment, mixup, cutmix"),
         ("crop,flip-crop", "`augment=crop,flip-crop`: give one of none, flip, crop"),
     ],
 )
 def test_presets_that_are_none(text: str, said: str) -> None:
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(AsymswapError, match=said):
         parse_presets(text)
     assert parse_presets("randaugment, mixup") == ("randaugment", "mixup")
 

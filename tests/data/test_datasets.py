@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from asymswap.data.datasets import LabelledImages, image_transform, open_data
-from asymswap.errors import SourceError
+from asymswap.errors import AsymswapError, SourceError
 from asymswap.types import Preprocessing
 
 GREY = Preprocessing(channels=1, size=(8, 8), mean=(0.0,), std=(1.0,))
@@ -190,12 +190,12 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
     [
         ({"channels": 4}, "the model takes 4 channels, images have 1 or 3; give `input_size=…`, or a file of"),
         ({"mean": (0.5,) * 3}, "preprocessing has 3 means and 1 stds for 1 channels; give one for each"),
-        ({"interpolation": "bilinar"}, r"there is no interpolation 'bilinar'; did you mean bilinear\?"),
-        ({"interpolation": "x"}, "there is no interpolation 'x'; known are nearest, .*bilinear"),
+        ({"interpolation": "bilinar"}, r"`interpolation=…` 'bilinar' is unknown; did you mean bilinear\?"),
+        ({"interpolation": "x"}, "`interpolation=…` 'x' is unknown; choose nearest, .*bilinear"),
     ],
 )
 def test_preprocessing_that_fits_no_image(changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(SourceError, match=text):
+    with pytest.raises(AsymswapError, match=text):
         open_data("digits", dataclasses.replace(GREY, **changes), "test")
 
 

@@ -158,7 +158,6 @@ def failing() -> Iterator[Tensor]:
         ([], r"the data \(list\) gives no batch"),
         (exhausted(), "gives no batch; a generator that was read before is exhausted"),
         (torch.zeros(0, 4, 6, 6), "holds no samples"),
-        (torch.tensor(3.0), "a tensor of a single number"),
         (5, "data cannot be int: give a data reference, a tensor, a Dataset, an iterable"),
         ({"image": rows(3)}, "data cannot be dict"),
         (failing, r"the data raised KeyError: 'lost' \(test_inputs\.py, line \d+\)"),
@@ -180,7 +179,9 @@ def test_samples_of_several_sizes_need_a_loader() -> None:
         def __getitem__(self, index: int) -> Tensor:
             return torch.zeros(4, 6, 6 + index)
 
-    with pytest.raises(SourceError, match=r"samples of Sizes make no batch .*; give a DataLoader with a collate_fn"):
+    with pytest.raises(
+        SourceError, match=r"putting samples of Sizes into a batch raised .*; give a DataLoader with a collate_fn"
+    ):
         opened(Sizes(), 4)
 
 

@@ -325,6 +325,8 @@ class TestOwn:
         for wrong, name in ((3, "by 3"), ([], r"by \[\]"), ([3], "by 3")):
             with pytest.raises(AsymswapError, match=rf"a function or a Metric, not {name}"):
                 evaluator_of(wrong, opened(Darker()))  # type: ignore[arg-type]
+        with pytest.raises(AsymswapError, match=r"`lower_is_better=\(1,\)` is no tuple or set of names"):
+            Metric(len, (1,))  # type: ignore[arg-type]
         twice = [Metric(lambda model: 1, name="x")] * 2
         with pytest.raises(AsymswapError, match=r"two metrics give 'x'; give one of them another name"):
             measure(twice, opened(Darker()))

@@ -278,7 +278,7 @@ def test_options_that_do_not_suit_the_network_are_refused(
         ({"bgr": True}, "`bgr=…` goes with `mean=…` and `std=…`"),
         ({"resize": 100}, r"`resize=100` is shorter than what is cut out \(224x224\)"),
         ({"size": (300, 300), "resize": 100}, r"`resize=100` is shorter than what is cut out \(300x300\)"),
-        ({"normalize": "half", "interpolation": "cubic"}, "there is no interpolation 'cubic'; did you mean bicubic"),
+        ({"normalize": "half", "interpolation": "cubic"}, "`interpolation=…` 'cubic' is unknown; did you mean bicubic"),
     ]
     for options, message in wrong:
         with pytest.raises(AsymswapError, match=message):
