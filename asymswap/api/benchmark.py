@@ -50,16 +50,13 @@ def benchmark(
     opened, and where nothing can be run.
     """
     threads = threads or (torch.get_num_threads(),)
-    if min(*batches, *threads, 1) < 1 or not (runtimes and batches and memory_formats):
-        raise AsymswapError(f"batches {list(batches)} on threads {list(threads)} are nothing to time; give 1 or more")
-    if not models:
-        raise AsymswapError("benchmark takes one model or more")
-    if rounds < 1 or not seconds > 0:
-        raise AsymswapError(f"{rounds} rounds in {seconds:g} s measure nothing; give 1 or more, and some seconds")
     timings = [
         Timing(runtime, form, batch, rounds, count, precision)
         for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
     ]
+    if not (models and timings and seconds > 0):
+        what = f"{len(models)} models in {len(timings)} settings and {seconds:g} s"
+        raise AsymswapError(f"{what} measure nothing; give one model and setting or more, and some seconds")
     opened = [open_for_verb(model, progress, input_size, example_inputs) for model in models]
     device = str(opened[0].device or "cpu")
     # Each once, for some runtimes have a memory format of their own.
@@ -157,8 +154,6 @@ def time_conversion(
     `known` is what the planning under a budget of latency has measured already.
     """
     done = [] if known is None else [row.runtime for row in known.times]
-    if timing.runtime not in done:
-        RUNTIMES[timing.runtime].version()  # raises where what was asked for is not there
     names = installed([name for name in dict.fromkeys((timing.runtime, *_OTHERS)) if name not in done])
     both, settings = [opened, replace(opened, model=converted)], [RUNTIMES[name].setting(timing) for name in names]
     found = _measure(both, settings, timing, progress, MOST_SECONDS)[0]

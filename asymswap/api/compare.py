@@ -57,8 +57,6 @@ def compare(
     if images is not None and images < 1:
         raise AsymswapError(f"`images={images}` leaves nothing to compare on; give 1 or more")
     opened = [open_for_verb(model, progress, input_size, example_inputs, preprocessing) for model in models]
-    if data is not None:
-        opened = [one.on_device(choose=against_original or isinstance(data, str)) for one in opened]
     opened, evaluators = settle_each(opened, data, against_original)
     total, outputs_on = None, f"{_RANDOM} random images (seed {seed})"
     inputs = [one.probe(_RANDOM, seed) for one in opened]

@@ -183,8 +183,7 @@ def convert(
         before = session.team.first(partial(judge.measured, opened.model, partial(progress, "evaluating before")))
         if drop is not None:
             if not before.scores:
-                what = "the outputs cannot be compared; give `evaluate=…`"
-                raise AsymswapError(f"`max_drop` has nothing to measure: {what}")
+                raise AsymswapError("`max_drop` cannot be measured: outputs cannot be compared; give `evaluate=…`")
             drop.allowed(before.scores[0])
         clock.stop("evaluate before")
     if calibration is not None:
@@ -213,8 +212,7 @@ def convert(
             clock.stop("time")
         scores = None
         if evaluator is not None and before is not None:
-            step = partial(progress, "evaluating after")
-            after = evaluator(converted.model, step) if kept is None else kept.scores
+            after = kept.scores if kept else evaluator(converted.model, partial(progress, "evaluating after"))
             check_same(before.scores, after)
             value = {score.name: score.value for score in after}
             changes = [
@@ -250,8 +248,7 @@ def convert(
 def _advice(report: results.Report, polished: bool) -> Iterator[str]:
     """Yield what was lost, where that is much, and what of all that helps was not yet done."""
     accuracy, agreement, lost = report.accuracy, report.agreement, ""
-    scores = () if accuracy is None else accuracy.scores
-    for one in scores:
+    for one in accuracy.scores if accuracy else ():
         fall = (one.after - one.before) * (1 if one.lower_is_better else -1)
         if fall > _MUCH.get(one.unit, math.inf):
             lost = lost or f"{one.name} falls by {fmt.score_change(fall, one.unit).lstrip('+')}"

@@ -58,20 +58,18 @@ def evaluate(
         raise AsymswapError("give at least one model to evaluate")
     # Open and check all before measuring the first.
     opened = [open_for_verb(model, progress, input_size, preprocessing=preprocessing) for model in several]
-    opened = [one.on_device(choose=against_original or isinstance(data, str)) for one in opened]
     if against_original and (part != "test" or crop_border):
         raise AsymswapError("`part=…` and `crop_border=…` are for data with labels; leave them out")
     opened, evaluators = settle_each(opened, data, against_original, part, download)
     for one in opened if not evaluators else ():
         if isinstance(data, str) and metrics.paired_kind(data) is None and not crop_border:
-            if part == "test" or (part == "train" and validation is None):
-                mine = open_data(data, one.preprocessing, "test" if part == "test" else "train", download=download)
-            else:
+            if part == "validation" or (part == "train" and validation is not None):
                 train, held_back = open_parts(data, one.preprocessing, validation, seed, download=download)
-                chosen = train if part == "train" else held_back
-                if chosen is None:
+                mine = train if part == "train" else held_back
+                if mine is None:
                     raise SourceError('`part="validation"` needs held-back images; leave out `validation="none"`')
-                mine = chosen
+            else:
+                mine = open_data(data, one.preprocessing, "test" if part == "test" else "train", download=download)
             metrics.check_class_names(metrics.known_classes(one), mine)
             evaluators.append(metrics.Labelled(mine, batch_size=batch_size, workers=workers, strict=strict))
         elif part != "test":
@@ -152,9 +150,10 @@ def against_first(labels: Tensor, first: Tensor, other: Tensor) -> results.Again
 def settle_each(
     opened: Sequence[OpenedModel], data: Any, against_original: bool, part: str = "test", download: bool = False
 ) -> tuple[list[OpenedModel], list[metrics.Evaluator]]:
-    """Return models with their preprocessing settled on the data, and what compares each with the first if asked."""
+    """Return models where they run, prepared for the data, and what compares each with the first if asked."""
+    opened = [one.on_device(choose=against_original or isinstance(data, str)) for one in opened]
     if against_original:
         return Against.first_of(opened, data)
     if not isinstance(data, str):
-        return [*opened], []
+        return opened, []
     return [settle(one, data, "test" if part == "test" else "train", download) for one in opened], []

@@ -150,15 +150,13 @@ def as_yolo(model: Model, path: str | Path | None = None, *, force: bool = False
     as `export(…, form="ultralytics")` and training write it. Training keeps the swaps; a plain `YOLO(path)` predicts
     the same, but builds the original network anew to train it. Raises AsymswapError for a network of another family.
     """
-    if path is None and not isinstance(model, str | Path):
-        raise AsymswapError("give a `path` to write the network to, such as yolov8n-acnet.pt: YOLO reads files")
-    if path is None:
-        path = Path(str(model))
-        if not path.is_file():
-            raise SourceError(f"no file {path}; give one that export wrote for ultralytics, or a model and a path")
-    else:
+    if path is not None:
         export(model, path, form="ultralytics", force=force, progress=False)
-    return ultralytics_models.load_yolo(Path(path))
+    elif not isinstance(model, str | Path):
+        raise AsymswapError("give a `path` to write the network to, such as yolov8n-acnet.pt: YOLO reads files")
+    elif not Path(model).is_file():
+        raise SourceError(f"no file {model}; give one that export wrote for ultralytics, or a model and a path")
+    return ultralytics_models.load_yolo(Path(path or str(model)))
 
 
 def _write_program(opened: OpenedModel, form: Form, draft: Path, dynamic_size: bool, seed: int) -> list[Check]:

@@ -130,10 +130,11 @@ def finetune(
         data = str(data)
         if download:
             # The first process alone downloads, which settling and opening the parts then find.
-            team.first(lambda: settle(opened, data, "train", download=True))
+            known, seed = opened.preprocessing, settings.seed
+            team.first(lambda: len(open_parts(data, known, held_back, seed, download=True)[0]))
         opened = settle(opened, data, "train")
     if isinstance(data, str | torch.Tensor | Dataset) and not isinstance(data, IterableDataset):
-        settings, material = _samples(opened, data, settings, held_back, loss is not None, team, download)
+        settings, material = _samples(opened, data, settings, held_back, loss is not None, team)
     else:
         material = _batches(data, settings, held_back, team)
     if material.classes and inputs is not None:
@@ -221,10 +222,9 @@ def finetune(
     progress = trainer.run(resume)
     assert trainer.best is not None
     result = _with_weights(opened.model, trainer.best)
-    files: list[Path] = []
     if target is not None:
         team.first(lambda: save_checkpoint(target, result, header(progress)))
-        files = [path for path in (target, folder.last if folder else target) if path.exists()]
+    files = [path for path in (target, folder.last) if path.exists()] if target and folder else []
     notes = [*material.notes, *trainer.notes]
     if progress.skipped_in_all:
         notes.append(f"{progress.skipped_in_all} times an image could not be read and another was used instead")
@@ -242,7 +242,7 @@ def finetune(
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         device=str(trainer.accelerator.device),
-        files=tuple(FileRow(str(path), path.stat().st_size) for path in dict.fromkeys(files)),
+        files=tuple(FileRow(str(path), path.stat().st_size) for path in files),
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
         fed=opened.fed,
@@ -259,7 +259,7 @@ def _added(opened: OpenedModel) -> list[str]:
 
 
 def _samples(
-    opened: OpenedModel, data: Any, settings: Training, validation: str | None, own_loss: bool, team: Team, fetch: bool
+    opened: OpenedModel, data: Any, settings: Training, validation: str | None, own_loss: bool, team: Team
 ) -> tuple[Training, _Material]:
     """Open images, with labels for a classifier alone, or samples of the user's, which are taken as they are."""
     distills, named = settings.distill is not None, isinstance(data, str)
@@ -268,8 +268,6 @@ def _samples(
         data = own_samples(data, opened.preprocessing)
 
     images = partial(open_parts, data, opened.preprocessing, validation, settings.seed)
-    if fetch:
-        team.first(lambda: len(images(download=True, unlabelled=False)[0]))
     train, held = images(unlabelled=distills or own_loss)
     labels = not own_loss and bool(train.classes)
     if labels and distills:

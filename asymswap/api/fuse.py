@@ -86,8 +86,7 @@ def fuse(
         warnings=input_warnings(opened),
     )
     provenance = {**opened.provenance, "fused": plain(report)}
-    header = replace(opened.header(), plans=plans, provenance=provenance)
-    return Fusion(fused, report, header, base_of(opened))
+    return Fusion(fused, report, replace(opened.header(), plans=plans, provenance=provenance), base_of(opened))
 
 
 def save_fused(fusion: Fusion, path: str | Path, *, as_original: bool = False, force: bool = False) -> FusionReport:

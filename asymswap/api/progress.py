@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-from asymswap.errors import AsymswapError
+from asymswap.errors import AsymswapError, visible
+from asymswap.results.finetune import EpochRow, RunStart, StepRow
 from asymswap.training.config import Callback
 from asymswap.types import Progress, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from asymswap.results.finetune import EpochRow, RunStart, StepRow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,8 +63,6 @@ def bars(quiet: bool = False) -> Iterator[Progress]:
     """Show a bar on stderr while the block runs, one per stage; nothing but in a terminal or a notebook."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from asymswap.errors import visible
-
     name, bar, numbers = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     with Progress(SpinnerColumn(), name, bar, numbers, TimeRemainingColumn(), **_live(quiet)) as bars:
         task = bars.add_task("loading", total=None)
@@ -92,8 +89,6 @@ def training(quiet: bool = False, say: Callable[[str], str] = str) -> Iterator[C
             live.console.print(say(text), highlight=False, markup=False, soft_wrap=True)
 
     class Shown(Callback):
-        epochs = 0
-
         def begin(self, start: RunStart) -> None:
             self.epochs = start.epochs
             live.update(task, description="epoch 1", completed=start.done, total=start.steps)
@@ -105,8 +100,7 @@ def training(quiet: bool = False, say: Callable[[str], str] = str) -> Iterator[C
                 tell(f"before: validation {validation_words(start.before, loss=True)}")
 
         def step(self, row: StepRow) -> None:
-            text = f"epoch {row.epoch}/{self.epochs}"
-            live.update(task, description=text, completed=row.step, words=step_words(row))
+            live.update(task, description=f"epoch {row.epoch}/{self.epochs}", completed=row.step, words=step_words(row))
 
         def epoch(self, row: EpochRow) -> None:
             tell(epoch_line(row, self.epochs))

@@ -1,6 +1,7 @@
 """One opened model to make plans for and apply them to: `plan`, `convert` and `sweep` are thin over it."""
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from asymswap.utils.distributed import ALONE
 from asymswap.utils.inputs import output_of, portions
 from asymswap.utils.tensors import device_of, first_not_finite
 
-_LEAST = 1e-3  # how near to the least fraction of the MACs
+_PARTS = 1024  # of all MACs: the least fraction that can be kept is a number of them
 _STEPS = 40  # fractions at which plans are made, to see what they predict
 _POLISHED = 3  # networks polished to keep a `max_drop`, at most: each takes minutes
 
@@ -83,7 +84,6 @@ class Session:
         self.gathered: Gathered | None = None
         self._statistics: Mapping[str, SiteStatistics] = {}
         self._choices: planning.Choices | None = None
-        self._replaceable: set[str] = set()
         self.clock.stop("trace")
 
     def sites_of(self, swapped_by: Sequence[Recipe | Plan]) -> list[Site]:
@@ -149,13 +149,6 @@ class Session:
             self._choices = planning.find_choices(model, sites, recipe, progress, self._statistics)
         return self._choices
 
-    def check_replaceable(self, names: Sequence[str]) -> None:
-        """Raise AsymswapError where the model's code treats one of these modules unlike a replacement."""
-        new = [name for name in names if name not in self._replaceable]
-        if new:
-            check_stand_ins(self.opened.model, new, self.opened.example())
-        self._replaceable.update(new)
-
     def curve(self, recipe: Recipe, progress: Progress) -> list[tuple[float, float]]:
         """Return fractions of the MACs, from the least, whose plans swap anything, with the sum of squared errors."""
         choices, costs = self.choices(recipe, progress), planning.counted_costs(None, self.costs.total)
@@ -165,11 +158,8 @@ class Session:
                 return planning.choose(choices, costs, fraction).swaps
             return None
 
-        low, high = 0.0, 1.0
-        while high - low > _LEAST:
-            middle = (low + high) / 2
-            low, high = (middle, high) if swapped(middle) is None else (low, middle)
-        fractions = [high + (1.0 - high) * step / _STEPS for step in range(_STEPS + 1)]
+        least = bisect_left(range(_PARTS), True, lo=1, key=lambda part: swapped(part / _PARTS) is not None) / _PARTS
+        fractions = [least + (1.0 - least) * step / _STEPS for step in range(_STEPS + 1)]
         swaps = [(fraction, swapped(fraction)) for fraction in fractions]
         return [(fraction, sum((one.predicted or 0.0) ** 2 for one in some)) for fraction, some in swaps if some]
 
@@ -182,7 +172,8 @@ class Session:
         opened, gathered, calibration = self.opened, self.gathered, self.calibration
         # Each conversion has notes of its own.
         gathered = None if gathered is None else replace(gathered, notes=[*gathered.notes])
-        self.check_replaceable([name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None])
+        names = [name for swap in plan.swaps for name in (swap.site, swap.absorbs) if name is not None]
+        check_stand_ins(opened.model, names, opened.example())
         row = trained = None
         if gathered is None or calibration is None:
             # If nobody else holds the original, unchanged weights need not be held twice.

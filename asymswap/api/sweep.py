@@ -16,6 +16,7 @@ from asymswap.calibration.config import Calibration
 from asymswap.calibration.gather import model_hash
 from asymswap.data.metrics import EvaluatedBy, Evaluator, check_same, evaluator_of
 from asymswap.errors import AsymswapError, RecipeError, check_choice
+from asymswap.measure.fidelity import check_stand_ins
 from asymswap.measure.timing import Timing
 from asymswap.models.opened import input_warnings
 from asymswap.models.opening import Model, open_for_verb
@@ -120,7 +121,7 @@ def sweep(
     sites = session.sites_of([parsed[name] for name, _ in lacking])
     if lacking:
         # Before calibration, which takes minutes.
-        session.check_replaceable([site.name for site in sites])
+        check_stand_ins(opened.model, [site.name for site in sites], opened.example())
         if calibration is not None:
             session.gather(sites, evaluator.classes, progress)
     seconds: list[float] = []

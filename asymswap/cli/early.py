@@ -1,6 +1,5 @@
 """Mistakes that can be told without torch, which takes seconds to load; the verbs, which know more, check again."""
 
-import functools
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -53,7 +52,6 @@ def _check_model(reference: str, given: Mapping[str, Any]) -> None:
         )
 
 
-@functools.cache
 def _is_defined(name: str) -> bool:
     """True for a function of the installed torchvision or timm, whose builders may be newer than the stored list."""
     homes = [importlib.util.find_spec(package) for package in ("torchvision", "timm")]

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import typer
 
@@ -64,7 +63,7 @@ def fill_in(arguments: list[str]) -> list[str]:
     return result
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line: exit code 0 when done, 1 for what cannot be done, 2 for wrong usage, 130 for Ctrl-C."""
     # Otherwise torch's threads busy-wait: if another program keeps one core busy, converting a ResNet-50 takes twice
     # as long, a DenseNet-121 thirty times. Latency is measured with busy-waiting, as networks run: small layers are
@@ -85,4 +84,3 @@ def main() -> NoReturn:
         if in_team():
             end_process(done.code)
         raise
-    raise AssertionError("unreachable")

@@ -22,6 +22,7 @@ from asymswap.calibration.config import Calibration
 from asymswap.cli.commands import EVERYWHERE, Group
 from asymswap.cli.failures import in_flags
 from asymswap.errors import AsymswapError
+from asymswap.fileformats.detect import SUFFIXES, exists
 from asymswap.measure.timing import Timing
 from asymswap.models.preprocessing import PreprocessingOptions
 from asymswap.planning.shipped import shipped_names
@@ -265,8 +266,7 @@ def console() -> Console:
     from asymswap.api.progress import plain_console
 
     screen = plain_console()
-    known = screen.is_terminal or "COLUMNS" in os.environ
-    return screen if known else plain_console(width=max(screen.width, 120))
+    return screen if screen.is_terminal or "COLUMNS" in os.environ else plain_console(width=max(screen.width, 120))
 
 
 def print_json(value: Any) -> None:
@@ -335,8 +335,7 @@ def calibration_of(given: Mapping[str, Any], seed: int, team: Team, task: Task) 
         polish = re.fullmatch(r"(?P<steps>\d+)|(?P<minutes>\d+(\.\d+)?) ?m(in(utes)?)?", text)
         if polish is None:
             raise AsymswapError(f"--polish {text!r} is neither steps, such as 500, nor minutes, such as 5min")
-        steps, minutes = polish["steps"], polish["minutes"]
-        given |= {"polish_steps": int(steps)} if steps else {"polish_minutes": float(minutes)}
+        given |= {"polish_steps": int(text)} if polish["steps"] else {"polish_minutes": float(polish["minutes"])}
     return Calibration(**given, seed=seed, team=team)
 
 
@@ -402,18 +401,15 @@ def model_file(reference: str | Path) -> Path | None:
 def default_output(reference: str, mark: str = "asym") -> Path:
     """Return `<stem>.asym.pt`, or `<stem>.asym2.pt` for a model that was converted before; `mark` replaces `asym`."""
     # A path may have an @ in it, where a reference has it before its weights.
-    path = os.path.exists(reference) or ".py:" in reference.lower()  # noqa: PTH110 (never raises)
+    path = exists(Path(reference)) or ".py:" in reference.lower()
     name = reference if path else reference.partition("@")[0]
     stem = Path(name.rpartition(":")[2]).name or "model"
-    for suffix in (
-        ".json", ".index", ".gz", ".tar", ".pt", ".pt2", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".pkl",
-        ".pickle", ".torch",
-    ):  # fmt: skip
-        stem = stem.removesuffix(suffix)
-    base, dot, old = stem.rpartition(".")
-    if dot and old.startswith("asym") and (old[4:].isdecimal() or old == "asym"):
-        return Path(f"{base}.asym{int(old[4:] or 1) + 1}.pt" if mark == "asym" else f"{base}.{mark}.pt")
-    return Path(f"{stem}.{mark}.pt")
+    while Path(stem).suffix in (*SUFFIXES, ".index", ".gz"):
+        stem = Path(stem).stem
+    before = re.fullmatch(r"(.*)\.asym(\d*)", stem)
+    if before and mark == "asym":
+        return Path(f"{before[1]}.asym{int(before[2] or 1) + 1}.pt")
+    return Path(f"{before[1] if before else stem}.{mark}.pt")
 
 
 def target_of(checkpoint: Path, target: Path, force: bool) -> Path:

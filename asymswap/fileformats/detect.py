@@ -8,7 +8,7 @@ from pathlib import Path
 
 from asymswap.errors import SourceError, listed
 
-_SUFFIXES = (
+SUFFIXES = (
     ".pt", ".pth", ".th", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl", ".pickle", ".pt2", ".torch", ".json",
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def exists(path: Path) -> bool:
 def is_file_name(text: str) -> bool:
     """True for what is to be a file, not a network's name: it exists, has a slash, or ends as weights do."""
     path = Path(text)
-    return exists(path) or path.suffix in _SUFFIXES or "/" in text
+    return exists(path) or path.suffix in SUFFIXES or "/" in text
 
 
 def sha256(path: Path) -> str:

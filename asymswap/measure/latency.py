@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,11 @@ def take_turns(
 
 def stopwatch(run: Callable[[], Any], device: str = "cpu") -> Callable[[], float]:
     """Return a function that calls `run` and returns the seconds that it took, on a GPU by its own events."""
-    now = clock(device)
 
     def measure() -> float:
-        start = now()
+        start = now(device)
         run()
-        return now() - start
+        return now(device) - start
 
     def measure_by_events() -> float:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -106,16 +106,11 @@ def stopwatch(run: Callable[[], Any], device: str = "cpu") -> Callable[[], float
     return measure_by_events if device.startswith("cuda") else measure
 
 
-def clock(device: str) -> Callable[[], float]:
-    """Return a clock that is read once all that a device was given to do is done."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type)
-
-    def now() -> float:
-        if wait is not None:
-            wait()
-        return time.perf_counter()
-
-    return now
+def now(device: str) -> float:
+    """Return the time at which all that a device was given to do is done."""
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def seconds_of(rounds: Passes) -> Seconds:
@@ -152,11 +147,11 @@ def best_of(rounds: Sequence[Sequence[Parts]]) -> Parts:
 
 def time_once(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Parts:
     """Time one pass of a model, and all runs of the named modules in it."""
-    now = clock(str(device_of(model)))
-    with metered(model, names, now) as seconds:
-        start = now()
+    read = partial(now, str(device_of(model)))
+    with metered(model, names, read) as seconds:
+        start = read()
         model(*inputs)
-        whole = now() - start
+        whole = read() - start
     return parts_of(whole, seconds)
 
 
@@ -189,8 +184,7 @@ def inputs_like(example: Inputs, memory_format: MemoryFormat, batch: int = 1) ->
             tensor = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         return tensor.contiguous(memory_format=FORMATS[memory_format]) if tensor.dim() == 4 else tensor
 
-    made: Inputs = map_tensors(repeated(example, batch), fill)
-    return made
+    return tuple(map_tensors(one, fill) for one in repeated(example, batch))
 
 
 def machine() -> dict[str, Any]:
@@ -217,15 +211,13 @@ class Bystanders:
 
     def cores(self) -> float | None:
         """Return their average until now; None if the system does not report it."""
-        before, now, passed = self._busy, self._now(), time.perf_counter() - self._start
-        if before is None or now is None:
-            return None
-        return max(0.0, (now - before) / passed) if passed > 0 else 0.0
+        average = (self._now() - self._busy) / max(time.perf_counter() - self._start, 1e-9)
+        return None if math.isnan(average) else max(0.0, average)
 
-    def _now(self) -> float | None:
-        """Return the seconds that other processes have kept all cores busy."""
+    def _now(self) -> float:
+        """Return the seconds that other processes have kept all cores busy; NaN if unknown."""
         try:
             user, nice, system, _, _, irq, softirq, steal = map(int, _STAT.read_text().split()[1:9])
         except (OSError, ValueError):
-            return None
+            return math.nan
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()

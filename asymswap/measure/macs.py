@@ -7,6 +7,7 @@ over shapes; the formulas that it lacks are here. `Costs.uncounted` names operat
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,16 +76,13 @@ def _count(structure: nn.Module, inputs: Inputs, names: Sequence[str]) -> Costs:
         if len(seen) == 1 and isinstance(output, Tensor) and min(seen[0].dim(), output.dim()) >= 3:
             calls[name].append(Call.of(seen[0].shape, output.shape))
 
-    # Attention and encoder layers must not run as one operator each, which no formula knows.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     meter, hooks = metered(structure, names, counter.get_total_flops), hooked(structure, names, after=see)
-    try:
-        # The counter comes last: it decomposes operators, and passes on what it cannot decompose.
-        with torch.no_grad(), meter as flops, hooks, uncounted, counter:
-            structure(*inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    # The counter comes last: it decomposes operators, and passes on what it cannot decompose.
+    with ExitStack() as ending, torch.no_grad(), meter as flops, hooks, uncounted, counter:
+        # Attention and encoder layers must not run as one operator each, which no formula knows.
+        ending.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        structure(*inputs)
     by_name = {name: Cost(flops[name] // 2, _params(structure.get_submodule(name))) for name in names}
     total = Cost(counter.get_total_flops() // 2, _params(structure))
     return Costs(total, by_name, calls, tuple(sorted(uncounted.found)))

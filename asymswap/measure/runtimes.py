@@ -19,6 +19,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,8 +32,8 @@ from asymswap.measure.latency import FORMATS, Parts, Turn, in_format, inputs_lik
 from asymswap.measure.timing import MemoryFormat, Timing
 from asymswap.results.benchmark import TITLES, Setting
 from asymswap.types import Progress, silent
-from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import deep_copy, device_of, list_tensors, map_tensors, on_threads
+from asymswap.utils.inputs import Inputs, placed
+from asymswap.utils.tensors import deep_copy, device_of, list_tensors, on_threads
 
 OPSET = 20
 # Largest difference of outputs from PyTorch's, relative to the largest number among them, or to 1.
@@ -160,14 +161,10 @@ def widest_gap(expected: Any, found: Any) -> tuple[float, float]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence exporters and compilers, which log their internals; checks follow."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()), ExitStack() as ending:
+        ending.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        yield
 
 
 @contextlib.contextmanager
@@ -221,19 +218,15 @@ class Network:
         place = form, setting.device
         if place not in self._copies:
             # A copy is only made where something changes: networks to be timed may share their weights.
-            ready = all(
+            fits = all(
                 one.device == torch.device(setting.device)
                 and (self.dtype in (None, one.dtype) or not one.is_floating_point())
                 and (one.dim() != 4 or one.is_contiguous(memory_format=FORMATS[form]))
                 for one in (*self._folded.parameters(), *self._folded.buffers())
             )
-            moved = self._folded if ready else in_format(self._folded, form).to(setting.device, self.dtype)
-            self._copies[place] = moved
-        example: Inputs = map_tensors(
-            self._example, lambda one: one.to(self.dtype or one.dtype) if one.is_floating_point() else one
-        )
-        inputs = inputs_like(example, form, setting.batch)
-        return self._copies[place], map_tensors(inputs, lambda one: one.to(setting.device))
+            self._copies[place] = self._folded if fits else in_format(self._folded, form).to(setting.device, self.dtype)
+        model = self._copies[place]
+        return model, placed(model, inputs_like(self._example, form, setting.batch))
 
     @functools.cached_property
     def _file(self) -> Path | AsymswapError:
@@ -282,8 +275,7 @@ class Runtime(ABC):
     def setting(self, timing: Timing) -> Setting:
         """Return the setting in this runtime that a timing asks for."""
         form = timing.memory_format if self.has_formats else None
-        threads = timing.threads or torch.get_num_threads()
-        return Setting(self.name, timing.batch, threads, form, device=timing.device)
+        return Setting(self.name, timing.batch, timing.threads or torch.get_num_threads(), form, device=timing.device)
 
     def prepare(self, network: Network, setting: Setting) -> Turn:
         """Make a network ready, and check once that it computes what it does in PyTorch; raise AsymswapError if not."""
@@ -509,8 +501,7 @@ def prepare_all(
             failures[number, place] = " ".join(str(error).split())
         except Exception as error:
             # The model's code can raise anything, and torch has no error of its own for a lack of memory.
-            text = " ".join(str(error).split())
-            no_memory = isinstance(error, MemoryError) or "allocate memory" in text
-            why = f"the model fails with {type(error).__name__}: {text:.200}"
+            no_memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+            why = f"the model fails with {type(error).__name__}: {reason_of(error, 200)}"
             failures[number, place] = "there is not enough memory" if no_memory else why
     return runs, failures

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from statistics import NormalDist, fmean, stdev
 
 _Z = NormalDist().inv_cdf(0.975)  # deviations of the normal distribution within which 95 % lie
@@ -49,11 +50,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     values is their range, with less confidence: 94 % for five, 75 % for three.
     """
     ordered, number = sorted(values), len(values)
-    place, term, below = 0, 1, 1
+    ways = accumulate(math.comb(number, count) for count in range(number + 1))
     # The median lies between the values at these places, unless at most `place` values lie on one side of it.
-    while True:
-        term = term * (number - place) // (place + 1)
-        below += term
-        if 2 * below / (1 << number) > 1 - confidence:
-            return ordered[place], ordered[number - 1 - place], min(confidence, 1 - 2 / (1 << number))
-        place += 1
+    place = max(0, next(most for most, below in enumerate(ways) if 2 * below / (1 << number) > 1 - confidence) - 1)
+    return ordered[place], ordered[number - 1 - place], min(confidence, 1 - 2 / (1 << number))

@@ -193,11 +193,11 @@ class TestFailures:
         [
             ({"runtimes": ["trch"]}, "the runtime 'trch' is unknown; did you mean torch"),
             ({"memory_formats": ["nhwc"]}, "the memory format 'nhwc' is unknown; choose channels-last, contiguous"),
-            ({"batches": [0]}, r"batches \[0\] on threads \[1\] are nothing to time"),
-            ({"batches": []}, r"batches \[\] on threads"),
-            ({"threads": [-1]}, r"threads \[-1\] are nothing"),
-            ({"rounds": 0}, r"0 rounds in 60 s measure nothing"),
-            ({"seconds": 0}, r"20 rounds in 0 s measure nothing"),
+            ({"batches": [0]}, r"batches of 0 in 20 rounds on 1 threads measure nothing; give 1 or more"),
+            ({"batches": []}, r"1 models in 0 settings and 60 s measure nothing; give one model and setting or more"),
+            ({"threads": [-1]}, r"batches of 1 in 20 rounds on -1 threads measure nothing"),
+            ({"rounds": 0}, r"batches of 1 in 0 rounds on 1 threads measure nothing"),
+            ({"seconds": 0}, r"1 models in 2 settings and 0 s measure nothing"),
         ],
     )
     def test_wrong_settings(self, options: dict[str, Any], said: str, one_thread: None) -> None:
@@ -214,7 +214,7 @@ class TestFailures:
             )
 
     def test_no_model(self) -> None:
-        with pytest.raises(AsymswapError, match="benchmark takes one model or more"):
+        with pytest.raises(AsymswapError, match="0 models in 2 settings and 60 s measure nothing; give one model"):
             asymswap.benchmark([])
 
 
