@@ -60,21 +60,16 @@ def to_meta(value: Any) -> Any:
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule."""
     memo = {} if memo is None else memo
-    fresh = [module for module in model.modules() if id(module) not in memo]
     # A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: it loses hooks, modules that it
     # does not call, and the second graph of torchvision's feature extractors.
     # From the inside out: a copy is found in the memo by the modules that hold it.
-    for module in reversed(fresh):
+    for module in reversed([*model.modules()]):
         if isinstance(module, fx.GraphModule) and id(module) not in memo:
             new = memo[id(module)] = type(module).__new__(type(module))
             type(new).__name__ = type(module).__name__
             new.__dict__.update(copy.deepcopy(vars(module), memo))
             new.graph = new.graph  # compiles the forward, which belongs to the class
-    result = copy.deepcopy(model, memo)
-    for module in fresh:
-        if id(module) in memo:
-            memo[id(module)].training = module.training
-    return result
+    return copy.deepcopy(model, memo)
 
 
 def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> nn.Module:
