@@ -206,11 +206,9 @@ class WithoutMemory(TorchFunctionMode):
 
 
 class WithinMemory(TorchFunctionMode):
-    """Limit the total bytes of `torch.empty`, with which every layer makes its weights; MemoryError beyond."""
+    """Limit the bytes of `torch.empty`, with which every layer makes its weights, to a gigabyte; MemoryError beyond."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most, self._taken = most, 0
+    _most, _taken = 2**30, 0  # a file may claim any arguments
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
