@@ -147,8 +147,7 @@ def additions(module: nn.Module, fresh: nn.Module) -> str | None:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return f"has a hook on its {name}"
-        extra = [key for key in vars(parameter) if key not in _HARMLESS]
-        if extra:
+        if extra := [key for key in vars(parameter) if key not in _HARMLESS]:
             return f"has an attribute of yours on its {name} ({extra[0]})"
         if type(parameter) is not nn.Parameter:
             return f"has a {type(parameter).__name__} as its {name}"
@@ -222,18 +221,16 @@ class WithinMemory(TorchFunctionMode):
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
     """Return the first parameter or buffer with a NaN or an infinity, and which of the two; None if all are finite."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-            continue
+        has_numbers = tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
         # The extremes pass on a NaN or an infinity, without a second tensor of the same size.
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+        if has_numbers and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             return name, "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
     return None
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the numbers of a tensor row by row, without a copy if they are already in that order."""
-    numbers: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    return numbers
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
