@@ -15,7 +15,7 @@ from torchvision import models
 
 from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import sha256, sniff
-from asymswap.fileformats.state_dict import Difference, State
+from asymswap.fileformats.state_dict import State
 from asymswap.fileformats.torch_files import load_object, to_structure
 from asymswap.models import family
 from asymswap.models.family import Arguments, Family, Fit, input_channels
@@ -141,16 +141,7 @@ class Torchvision(Family):
         """Fit as any family does, under the names that densenets and vision transformers have now."""
         return super().fit(reference, arguments, with_current_keys(state))
 
-    def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
-        guess = super()._guess(model, difference)
-        if difference.missing and all(key.lower().startswith("aux") for key in difference.missing):
-            # torchvision drops the auxiliary heads of its own pretrained models.
-            guess["aux_logits"] = False
-        return guess
-
-    def preprocessing(
-        self, reference: str, model: nn.Module, arguments: Arguments, weights: str | None = None
-    ) -> Preprocessing:
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments, weights: str = "") -> Preprocessing:
         """Return how the transforms of these weights, or of the default ones, prepare an image."""
         assumed = assumed_preprocessing(model)
         if assumed.form in ("image-list", "image-pair"):
