@@ -51,9 +51,8 @@ def with_current_keys(state: State) -> State:
 
 def assumed_preprocessing(model: nn.Module) -> Preprocessing:
     """Return what a model of which nothing else is known most likely takes, by its class and its attributes."""
-    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
-    form, side = _FORMS.get(package, "images"), getattr(model, "image_size", None)
-    known = type(model).__module__.startswith("torchvision.models.") or form in ("image-list", "image-pair")
+    _, known, module = type(model).__module__.partition("torchvision.models.")
+    form, side = _FORMS.get(module.partition(".")[0], "images"), getattr(model, "image_size", None)
     size: Size = (side, side) if isinstance(side, int) else (224, 224)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if form == "image-list":
