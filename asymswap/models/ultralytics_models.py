@@ -155,11 +155,10 @@ def named_in(value: Any) -> tuple[str, dict[str, Any]] | None:
     for record in modules_in(value):
         held = record.state
         if record.name.startswith("ultralytics.") and isinstance(held.get("yaml"), dict):
-            found = {key: held[key] for key in ("task", "names") if key in held} | {"yaml": held["yaml"]}
-            trained = held.get("args") if isinstance(held.get("args"), Mapping) else {}
-            trained = {**trained, **(value.get("train_args") or {})} if isinstance(value, Mapping) else trained
-            if isinstance(trained.get("imgsz"), int):
-                found["size"] = trained["imgsz"]
+            found = {key: held[key] for key in ("task", "names", "yaml") if key in held}
+            for told in (held.get("args"), value.get("train_args") if isinstance(value, Mapping) else None):
+                if isinstance(told, Mapping) and isinstance(told.get("imgsz"), int):
+                    found["size"] = told["imgsz"]
             return PREFIX + _name(held["yaml"]), _plain(found)
     return None
 
