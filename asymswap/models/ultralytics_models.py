@@ -182,8 +182,6 @@ def header_in(model: nn.Module) -> Header | None:
 
 def save(opened: OpenedModel, path: Path) -> None:
     """Write a network of ultralytics, swaps and all, as a `.pt` file that `YOLO(path)` reads; raise SourceError."""
-    if not opened.origin.reference.startswith(PREFIX):
-        raise SourceError(f"{opened.reference} is no network of ultralytics, but {opened.origin.reference}")
     network = _kept_(deep_copy(opened.model), opened.header())
     version = package("ultralytics").__version__
     content = {"epoch": -1, "model": network, "ema": None, "train_args": {"task": network.task}, "version": version}
