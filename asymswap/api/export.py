@@ -84,6 +84,8 @@ def export(
     if form == "onnx":
         versions = runtimes.check_installed("ONNX", "onnx", runtimes.ONNX_RUNTIME)
     opened = open_for_verb(model, progress, example_inputs=example_inputs)
+    if form in ("ultralytics", "transformers") and not opened.origin.reference.startswith(f"{form}:"):
+        raise SourceError(f"{opened.reference} is no network of {form}, but {opened.origin.reference}")
     if opened.preprocessing.form == "image-list":
         boxes = f"{opened.reference} takes lists of images and keeps a number of boxes that depends on them"
         raise AsymswapError(f"{boxes}: export its backbone from Python with torch.onnx.export")

@@ -49,7 +49,6 @@ class OwnNetworks(Family):
         return from_weights(self.describe(model, DIGITS, {}, "shipped, trained on scikit-learn's digits"))
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
-        """Return what the published checkpoints of these networks were trained with."""
         own = networks.DIGITS_PREPROCESSING if reference == DIGITS else networks.CIFAR_PREPROCESSING
         return with_channels(own, input_channels(model))
 
@@ -150,8 +149,6 @@ def nearest(state: State, progress: Progress) -> tuple[float, str, View]:
         own = set(shapes_of(view.state).items())
         for done, reference in enumerate(references, start=1):
             pairs = shapes(reference)
-            likeness = len(own & pairs) / max(len(own | pairs), 1)
-            if likeness > best[0]:
-                best = (likeness, reference, view)
+            best = max(best, (len(own & pairs) / len(own | pairs), reference, view), key=lambda found: found[0])
             progress("looking for the architecture", done, len(references))
     return best

@@ -26,8 +26,6 @@ Arguments = Mapping[str, Any]
 
 OTHER_WEIGHTS = 'use `weights="none"` for random weights or `weights="FILE"` for a state_dict'
 
-_MOST_BYTES = 2**30  # of weights, where a network takes memory before it is filled: a file may claim any arguments
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -96,7 +94,7 @@ class Family(ABC):
             except Exception:
                 # Some run themselves while they are built (ssdlite), which needs numbers: these have theirs, a gigabyte
                 # at most. What is wrong with the arguments is wrong again.
-                with WithinMemory(_MOST_BYTES):
+                with WithinMemory():
                     return self.build(reference, arguments)
 
     def build_unset(self, reference: str, arguments: Arguments) -> nn.Module:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -37,22 +36,17 @@ class Fingerprint:
 
 
 @functools.cache
-def table() -> Mapping[str, Sequence[Fingerprint]]:
-    """Return the shipped fingerprints by the hash of their keys."""
+def table() -> Sequence[Fingerprint]:
+    """Return the shipped fingerprints."""
     text = resources.files(__package__).joinpath("fingerprints.tsv").read_text(encoding="utf-8")
-    found: dict[str, list[Fingerprint]] = defaultdict(list)
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            reference, arguments, keys, shapes, free = line.split("\t")
-            found[keys].append(Fingerprint(reference, json.loads(arguments), keys, shapes, json.loads(free)))
-    return found
+    rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
+    return [Fingerprint(name, json.loads(given), *hashes, json.loads(free)) for name, given, *hashes, free in rows]
 
 
 def stored_networks() -> dict[str, int]:
     """Return the channels of the input of each network in the table, 0 where they vary, by full reference."""
-    entries = [entry for entries in table().values() for entry in entries]
-    channels = {entry.reference: free[1] for entry in entries for free in entry.free if free[0] == "in_channels"}
-    return {entry.reference: channels.get(entry.reference, 0) for entry in entries}
+    channels = {entry.reference: free[1] for entry in table() for free in entry.free if free[0] == "in_channels"}
+    return {entry.reference: channels.get(entry.reference, 0) for entry in table()}
 
 
 def near(reference: str) -> str:
@@ -88,9 +82,10 @@ def shapes_hash(shapes: Shapes, free: Iterable[Free]) -> str:
 
 def matches(shapes: Shapes) -> list[Fingerprint]:
     """Return every known network that these shapes fit, with the arguments that make it fit; none is built."""
-    found = []
-    for entry in table().get(digest(shapes), ()):
-        arguments = _read_off(entry.free, shapes) if shapes_hash(shapes, entry.free) == entry.shapes else None
+    found, keys = [], digest(shapes)
+    for entry in table():
+        fits = entry.keys == keys and entry.shapes == shapes_hash(shapes, entry.free)
+        arguments = _read_off(entry.free, shapes) if fits else None
         if arguments is not None:
             found.append(replace(entry, arguments={**entry.arguments, **arguments}))
     return found
@@ -98,13 +93,12 @@ def matches(shapes: Shapes) -> list[Fingerprint]:
 
 def _read_off(free: Iterable[Free], shapes: Shapes) -> dict[str, int] | None:
     """Return the arguments that sizes show, where they differ from the defaults; None if the sizes disagree."""
-    arguments, defaults = dict[str, int](), dict[str, int]()
-    for argument, default, key, axis, times in free:
+    arguments = dict[str, int]()
+    for argument, _, key, axis, times in free:
         size = shapes[key][axis]
         # Of an image, one position is the class token's; the others are its patches, in a square.
         side = math.isqrt(max(size - 1, 0))
         value, rest = (side * times, size - 1 - side * side) if argument == "image_size" else divmod(size, times)
         if rest or not value or arguments.setdefault(argument, value) != value:
             return None
-        defaults[argument] = default
-    return {argument: value for argument, value in arguments.items() if value != defaults[argument]}
+    return {argument: arguments[argument] for argument, default, *_ in free if arguments[argument] != default}

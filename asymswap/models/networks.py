@@ -37,8 +37,6 @@ def _conv(in_channels: int, out_channels: int, side: int, stride: int = 1) -> nn
 class _Classifier(nn.Module):
     """Stages by name, and a linear layer on the average of the last feature map."""
 
-    stages: list[str]
-
     def _finish_(self, channels: int, num_classes: int) -> None:
         """Add the classifier, and draw every conv's weights, scaled for ReLU by fan-in (He et al. 2015, Rectifiers)."""
         self.linear = nn.Linear(channels, num_classes)
@@ -47,8 +45,9 @@ class _Classifier(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def _run_stages(self, out: Tensor) -> Tensor:
-        for name in self.stages:
-            out = self.get_submodule(name)(out)
+        for name, stage in self.named_children():
+            if name.startswith(("layer", "dense", "trans")):
+                out = stage(out)
         return out
 
     def _scores(self, features: Tensor) -> Tensor:
@@ -130,12 +129,11 @@ class ResNet(_Classifier):
         super().__init__()
         self.conv1 = _conv(in_channels, widths[0], 3)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.stages = [f"layer{number}" for number in range(1, len(widths) + 1)]
         channels, stride = widths[0], 1
-        for name, width, depth in zip(self.stages, widths, depths, strict=True):
+        for number, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
             first = BasicBlock(channels, width, stride, shortcut, squeeze)
             others = [BasicBlock(width, width, 1, shortcut, squeeze) for _ in range(depth - 1)]
-            self.add_module(name, nn.Sequential(first, *others))
+            self.add_module(f"layer{number}", nn.Sequential(first, *others))
             channels, stride = width, 2
         self._finish_(channels, num_classes)
 
@@ -208,7 +206,6 @@ class DenseNet(_Classifier):
             layers = [DenseLayer(channels + i * growth, growth, bottleneck) for i in range(depth)]
             self.add_module(f"dense{number}", nn.Sequential(*layers))
             channels += depth * growth
-        self.stages = [name for name, _ in self.named_children() if name != "conv1"]
         self.bn = nn.BatchNorm2d(channels)
         self._finish_(channels, num_classes)
 

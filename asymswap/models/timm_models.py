@@ -47,7 +47,8 @@ class Timm(Family):
         return reference if reference.startswith(PREFIX) else None
 
     def construct(self, reference: str, arguments: Arguments) -> nn.Module:
-        return _create(_name(reference), arguments, pretrained=False)
+        _check(_name(reference), arguments)
+        return _create(_name(reference), arguments)
 
     def weights(self, reference: str, name: str | None, arguments: Arguments) -> OpenedModel:
         """Return the model with published weights, and timm's remarks on them as notes; raise SourceError."""
@@ -56,7 +57,7 @@ class Timm(Family):
         if tag and named not in ("", tag):
             raise SourceError(f'{reference} names weights and `weights="{named}"` others; give one of them')
         full = ".".join(filter(None, (architecture, named or tag)))
-        _check_name(full)
+        _check(full, arguments)
         config = package("timm").models.get_pretrained_cfg(full)
         if config is None or not config.has_weights:
             return super().weights(f"timm's {full}", name, arguments)
@@ -64,8 +65,6 @@ class Timm(Family):
         with _listening() as remarks:
             try:
                 model = _create(full, arguments, pretrained=True, **_in_hubs_cache(config))
-            except SourceError:
-                raise
             except Exception as error:
                 chain = (error, error.__cause__, error.__context__)
                 expected = (OSError, HTTPException)
@@ -75,7 +74,7 @@ class Timm(Family):
                     what = f"the weights {full} of timm are in no cache and cannot be downloaded ({reason})"
                 else:
                     # The arguments may be to blame: then it can't be built without weights either.
-                    _create(full, arguments, pretrained=False)
+                    self.build(PREFIX + full, arguments)
                     what = f"cannot load the weights {full} of timm: {reason_of(error)}"
                 raise SourceError(f"{what}; {family.OTHER_WEIGHTS}") from None
         classes = arguments.get("num_classes", config.num_classes)
@@ -177,49 +176,38 @@ def made_by_timm(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and package("timm").is_model(name) else None
 
 
-def _check_name(name: str) -> None:
-    """Raise SourceError, with near names, for an architecture or a tag that the installed timm lacks."""
+def _check(name: str, arguments: Arguments) -> None:
+    """Raise SourceError for arguments that choose weights, and for a name or a tag that the installed timm lacks."""
+    family.check_arguments(f"timm's {name}", arguments)
     architecture, _, tag = name.partition(".")
     installed = package("timm")
-    registry = installed.models
     if not installed.is_model(architecture):
         hint = near_names(architecture, installed.list_models()) or "; timm.list_models() lists them"
         raise SourceError(f"timm {installed.__version__} has no model {architecture!r}{hint}")
-    renamed = registry.get_deprecated_models()
+    renamed = installed.models.get_deprecated_models()
     if architecture in renamed:
         now = f"; its name is now {PREFIX}{renamed[architecture]}" if renamed[architecture] else ", it was removed"
         raise SourceError(f"timm {installed.__version__} has no model {architecture!r} any more{now}")
     if tag:
-        tags = [other.partition(".")[2] for other in registry.get_arch_pretrained_cfgs(architecture)]
+        tags = [other.partition(".")[2] for other in installed.models.get_arch_pretrained_cfgs(architecture)]
         family.check_weights(f"timm's {architecture}", tag, [*filter(None, tags)])
 
 
-def _create(name: str, arguments: Mapping[str, Any], pretrained: bool, **own: Any) -> nn.Module:
-    _check_name(name)
-    family.check_arguments(f"timm's {name}", arguments)
+def _create(name: str, arguments: Arguments, **own: Any) -> nn.Module:
     # Both TOML and JSON know lists only, where timm asks for a pair or a tuple of sizes.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return package("timm").create_model(name, pretrained=pretrained, **given, **own)  # type: ignore[no-any-return]
-    except Exception as error:
-        if pretrained:
-            raise
-        with_what = f" with {dict(arguments)}" if arguments else ""
-        hint = family.near_keyword(error, arguments)
-        raise SourceError(f"timm cannot build {name}{with_what}: {reason_of(error)}{hint}") from None
+    with warnings.catch_warnings(action="ignore"):
+        return package("timm").create_model(name, **given, **own)  # type: ignore[no-any-return]
 
 
 def _in_hubs_cache(config: Any) -> dict[str, Any]:
     """Name the file of these weights in the hub's cache, where its client would first ask the network for a newer."""
-    from huggingface_hub import try_to_load_from_cache
-
     name = config.hf_hub_filename or "model.safetensors"
     if not config.hf_hub_id:
         return {}
     if not config.custom_load and name.endswith(".safetensors"):
         repository, _, revision = config.hf_hub_id.partition("@")
-        found = try_to_load_from_cache(repository, name, revision=revision or None)
+        found = package("huggingface_hub").try_to_load_from_cache(repository, name, revision=revision or None)
         if isinstance(found, str):
             return {"pretrained_cfg_overlay": {"file": found}}
     find_hub()
@@ -228,30 +216,21 @@ def _in_hubs_cache(config: Any) -> dict[str, Any]:
 
 def find_hub() -> None:
     """Raise OSError at once where the hub's address is not known, for which its client would ask again and again."""
-    from huggingface_hub import constants
-
+    constants = package("huggingface_hub.constants")
     if not constants.HF_HUB_OFFLINE and not urllib.request.getproxies():
         socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
 
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[str]]:
-    """Keep timm and the hub's client from writing to the screen, and collect timm's warnings for the report."""
-    from huggingface_hub import utils
-
+    """Keep the hub's client from writing to the screen, and collect timm's warnings for the report."""
     remarks: list[str] = []
     own, hub, listener = logging.getLogger("timm"), logging.getLogger("huggingface_hub"), MemoryHandler(1000)
     listener.setLevel(logging.WARNING)
     with contextlib.ExitStack() as ending:
-        ending.callback(setattr, own, "propagate", own.propagate)
         ending.callback(hub.setLevel, hub.level)
-        own.propagate = False
         hub.setLevel(logging.CRITICAL)
         own.addHandler(listener)
         ending.callback(own.removeHandler, listener)
-        # The hub's client may draw its progress on a terminal only.
-        if not (sys.stderr.isatty() or utils.are_progress_bars_disabled()):
-            utils.disable_progress_bars()
-            ending.callback(utils.enable_progress_bars)
         yield remarks
     remarks += [" ".join(record.getMessage().split()).rstrip(".") for record in listener.buffer]

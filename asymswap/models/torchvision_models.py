@@ -15,7 +15,7 @@ from torchvision import models
 
 from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import sha256, sniff
-from asymswap.fileformats.state_dict import Difference, State
+from asymswap.fileformats.state_dict import State
 from asymswap.fileformats.torch_files import load_object, to_structure
 from asymswap.models import family
 from asymswap.models.family import Arguments, Family, Fit, input_channels
@@ -51,9 +51,8 @@ def with_current_keys(state: State) -> State:
 
 def assumed_preprocessing(model: nn.Module) -> Preprocessing:
     """Return what a model of which nothing else is known most likely takes, by its class and its attributes."""
-    package = type(model).__module__.removeprefix("torchvision.models.").partition(".")[0]
-    form, side = _FORMS.get(package, "images"), getattr(model, "image_size", None)
-    known = type(model).__module__.startswith("torchvision.models.") or form in ("image-list", "image-pair")
+    _, known, module = type(model).__module__.partition("torchvision.models.")
+    form, side = _FORMS.get(module.partition(".")[0], "images"), getattr(model, "image_size", None)
     size: Size = (side, side) if isinstance(side, int) else (224, 224)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if form == "image-list":
@@ -141,16 +140,7 @@ class Torchvision(Family):
         """Fit as any family does, under the names that densenets and vision transformers have now."""
         return super().fit(reference, arguments, with_current_keys(state))
 
-    def _guess(self, model: nn.Module, difference: Difference) -> dict[str, Any]:
-        guess = super()._guess(model, difference)
-        if difference.missing and all(key.lower().startswith("aux") for key in difference.missing):
-            # torchvision drops the auxiliary heads of its own pretrained models.
-            guess["aux_logits"] = False
-        return guess
-
-    def preprocessing(
-        self, reference: str, model: nn.Module, arguments: Arguments, weights: str | None = None
-    ) -> Preprocessing:
+    def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments, weights: str = "") -> Preprocessing:
         """Return how the transforms of these weights, or of the default ones, prepare an image."""
         assumed = assumed_preprocessing(model)
         if assumed.form in ("image-list", "image-pair"):

@@ -99,10 +99,8 @@ def save(opened: OpenedModel, folder: Path, write: Callable[[Path], None]) -> Pa
     """Write a folder whose config says, where `from_pretrained` is tried on it, how the network is loaded.
 
     `write` writes the checkpoint, whose path is returned: a name that transformers does not look for, so that it cannot
-    take the original's class with random weights in the swapped convs. Raises SourceError for another family.
+    take the original's class with random weights in the swapped convs.
     """
-    if not opened.origin.reference.startswith(PREFIX):
-        raise SourceError(f"{opened.reference} is no network of transformers, but {opened.origin.reference}")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "asymswap.safetensors"
     write(file)

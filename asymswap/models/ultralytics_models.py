@@ -36,7 +36,6 @@ PREFIX = "ultralytics:"
 _MOST_LAYERS, _MOST_WIDTH = 1_000, 100_000  # of a yaml, which a file may claim; the largest known have 60 and 2,048
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _ACTIVATION = re.compile(r"(?:torch\.)?nn\.(\w+)\(((?:\w+=)?[\w.-]*)\)")
-_TRIED = "8."
 _TASKS = ("detect", "segment", "pose", "obb", "classify")
 _TAKES = ("num_classes", "channels", "task", "names", "size", "built_for", "fused", "yaml")
 
@@ -86,12 +85,8 @@ class Ultralytics(Family):
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe the network with its whole yaml, so that it can be built again wherever its file lies."""
         opened = super().describe(model, reference, {**arguments, **_settled(model)}, weights)
-        notes, version = opened.notes, str(package("ultralytics").__version__)
-        if arguments.get("fused"):
-            notes += ("ultralytics folded its batch norms before; to train on, convert the file from before that",)
-        if not version.startswith(_TRIED):
-            notes += (f"ultralytics {version} is installed; asymswap was tried with {_TRIED}x",)
-        return replace(opened, notes=notes)
+        note = "ultralytics folded its batch norms before; to train on, convert the file from before that"
+        return replace(opened, notes=(note,)) if arguments.get("fused") else opened
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
         """Return what ultralytics does: values of 0 to 1, at 640 x 640 (224 for classes) where the file has no size."""
@@ -160,11 +155,10 @@ def named_in(value: Any) -> tuple[str, dict[str, Any]] | None:
     for record in modules_in(value):
         held = record.state
         if record.name.startswith("ultralytics.") and isinstance(held.get("yaml"), dict):
-            found = {key: held[key] for key in ("task", "names") if key in held} | {"yaml": held["yaml"]}
-            trained = held.get("args") if isinstance(held.get("args"), Mapping) else {}
-            trained = {**trained, **(value.get("train_args") or {})} if isinstance(value, Mapping) else trained
-            if isinstance(trained.get("imgsz"), int):
-                found["size"] = trained["imgsz"]
+            found = {key: held[key] for key in ("task", "names", "yaml") if key in held}
+            for told in (held.get("args"), value.get("train_args") if isinstance(value, Mapping) else None):
+                if isinstance(told, Mapping) and isinstance(told.get("imgsz"), int):
+                    found["size"] = told["imgsz"]
             return PREFIX + _name(held["yaml"]), _plain(found)
     return None
 
@@ -188,8 +182,6 @@ def header_in(model: nn.Module) -> Header | None:
 
 def save(opened: OpenedModel, path: Path) -> None:
     """Write a network of ultralytics, swaps and all, as a `.pt` file that `YOLO(path)` reads; raise SourceError."""
-    if not opened.origin.reference.startswith(PREFIX):
-        raise SourceError(f"{opened.reference} is no network of ultralytics, but {opened.origin.reference}")
     network = _kept_(deep_copy(opened.model), opened.header())
     version = package("ultralytics").__version__
     content = {"epoch": -1, "model": network, "ema": None, "train_args": {"task": network.task}, "version": version}
@@ -264,8 +256,7 @@ def _settled(model: Any) -> dict[str, Any]:
 def _last_convs(model: Any) -> list[Any]:
     """Return the convs that give the scores of a detector's classes, at each of its scales."""
     heads = [getattr([*model.model][-1], name, None) for name in ("cv3", "one2one_cv3")]
-    branches: list[Any] = [branch for head in heads if isinstance(head, nn.ModuleList) for branch in head]
-    return [branch[-1] for branch in branches]
+    return [branch[-1] for head in heads if isinstance(head, nn.ModuleList) for branch in head]
 
 
 def _answer_(model: Any, classes: int) -> None:

@@ -61,21 +61,16 @@ def to_meta(value: Any) -> Any:
 def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of a module that keeps each module's mode, and everything in a GraphModule."""
     memo = {} if memo is None else memo
-    fresh = [module for module in model.modules() if id(module) not in memo]
     # A GraphModule's own `__deepcopy__` builds it again from one graph, in train mode: it loses hooks, modules that it
     # does not call, and the second graph of torchvision's feature extractors.
     # From the inside out: a copy is found in the memo by the modules that hold it.
-    for module in reversed(fresh):
+    for module in reversed([*model.modules()]):
         if isinstance(module, fx.GraphModule) and id(module) not in memo:
             new = memo[id(module)] = type(module).__new__(type(module))
             type(new).__name__ = type(module).__name__
             new.__dict__.update(copy.deepcopy(vars(module), memo))
             new.graph = new.graph  # compiles the forward, which belongs to the class
-    result = copy.deepcopy(model, memo)
-    for module in fresh:
-        if id(module) in memo:
-            memo[id(module)].training = module.training
-    return result
+    return copy.deepcopy(model, memo)
 
 
 def copy_with(model: nn.Module, tensors: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -153,8 +148,7 @@ def additions(module: nn.Module, fresh: nn.Module) -> str | None:
     for name, parameter in module.named_parameters(recurse=False):
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return f"has a hook on its {name}"
-        extra = [key for key in vars(parameter) if key not in _HARMLESS]
-        if extra:
+        if extra := [key for key in vars(parameter) if key not in _HARMLESS]:
             return f"has an attribute of yours on its {name} ({extra[0]})"
         if type(parameter) is not nn.Parameter:
             return f"has a {type(parameter).__name__} as its {name}"
@@ -212,11 +206,9 @@ class WithoutMemory(TorchFunctionMode):
 
 
 class WithinMemory(TorchFunctionMode):
-    """Limit the total bytes of `torch.empty`, with which every layer makes its weights; MemoryError beyond."""
+    """Limit the bytes of `torch.empty`, with which every layer makes its weights, to a gigabyte; MemoryError beyond."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most, self._taken = most, 0
+    _most, _taken = 2**30, 0  # a file may claim any arguments
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -230,18 +222,16 @@ class WithinMemory(TorchFunctionMode):
 def first_not_finite(model: nn.Module) -> tuple[str, str] | None:
     """Return the first parameter or buffer with a NaN or an infinity, and which of the two; None if all are finite."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-            continue
+        has_numbers = tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
         # The extremes pass on a NaN or an infinity, without a second tensor of the same size.
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+        if has_numbers and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             return name, "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
     return None
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the numbers of a tensor row by row, without a copy if they are already in that order."""
-    numbers: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    return numbers
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def on_disk(tensor: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class TestInstalled:
             (
                 "timm:resnet10t",
                 {"weights": "none", "arguments": {"foo": 1}},
-                r"timm cannot build resnet10t with .*'foo'",
+                r"timm:resnet10t does not take .*'foo'",
             ),
             (
                 f"timm:{NAME}",
