@@ -153,9 +153,6 @@ class Builder:
         while self._records:
             record = self._records.pop()
             record.state = self.visit(record.state, 0).value
-            record.arguments = self.visit(record.arguments, 0).value
-            self.visit(record.items, 0)
-            self.visit(record.elements, 0)
         return found
 
     def visit(self, value: Any, depth: int) -> _Found:
