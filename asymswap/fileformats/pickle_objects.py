@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError, reason_of
+from asymswap.errors import SourceError
 from asymswap.fileformats import pickle_reader
 from asymswap.fileformats.pickle_reader import Global, MalformedError, Odd, Record, StorageRef, TensorRef, are_sizes
 
@@ -292,19 +292,11 @@ class Builder:
                 if kind in ("torch.Tensor", _PARAMETER) and (plain or function in _CALLS - {record.name}):
                     part = pickle_reader.described_tensor(function, inner) if plain else Record(function, inner)
                     return self._with_attributes(self._inner(part, depth), state, depth)
-            case "_rebuild_qtensor", (_, _, _, _, (torch.qscheme() as scheme, *scales), bool(grad), hooks) if all(
-                isinstance(one, float | int | TensorRef) for one in scales
-            ):
-                ref = pickle_reader.described_tensor(record.name, (*record.arguments[:4], grad, hooks))
-                storage, start = ref.storage, ref.offset + ref.storage.start
-                self.check(ref, storage.dtype)
-                typed = torch.TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
-                how = (scheme, *(self.visit(one, depth).value for one in scales))
-                return torch._utils._rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
-            case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(described)):
-                parts = [self.visit(part, depth).value for part in described]
-                if all(one is None or isinstance(one, bool | Tensor | torch.Size) or are_sizes(one) for one in parts):
-                    return _sparse(layout, parts)
+            # Neither is converted, whatever its numbers: its kind and size suffice to say so.
+            case "_rebuild_qtensor", (StorageRef() as storage, _, tuple(size), *_) if are_sizes(size):
+                return torch.empty(size, dtype=storage.dtype, device="meta")
+            case "_rebuild_sparse_tensor", (_, (_, _, torch.Size() as size, *_) | (_, _, _, torch.Size() as size)):
+                return torch.empty(size, layout=torch.sparse_coo, device="meta")
             case "_rebuild_meta_tensor_no_storage", (torch.dtype() as dtype, size, stride, bool(grad)):
                 if are_sizes(size) and are_sizes(stride):
                     return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
@@ -410,19 +402,6 @@ def look_up(name: str, label: str) -> Any:
     except (ImportError, AttributeError):
         lack = "which the installed torch and torchvision lack; install a version with it"
         raise SourceError(f"{label} needs {name}, {lack}") from None
-
-
-def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor:
-    # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
-    try:
-        if layout == torch.sparse_coo:
-            indices, values, size, *flag = parts
-            coalesced = bool(flag[0]) if flag else None
-            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, is_coalesced=coalesced)
-        compressed, plain, values, size = parts
-        return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise Odd(f"has a damaged sparse tensor ({reason_of(error, 120)})") from None
 
 
 class _NoArrayError(Exception):

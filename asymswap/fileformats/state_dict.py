@@ -238,12 +238,12 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
 
 def _check_tensor(key: str, tensor: Tensor, own: Tensor) -> None:
     """Raise SourceError for a tensor of a file that cannot become the model's `own`."""
-    if tensor.is_meta:
-        reason = "is on the meta device and holds no numbers"
-    elif tensor.layout is not torch.strided:
-        reason = f"is sparse ({tensor.layout})"
+    if tensor.layout is not torch.strided:
+        reason = "is sparse"
     elif tensor.is_quantized or (own.is_floating_point() and tensor.dtype not in _FLOATS):
         reason = f"is of dtype {str(tensor.dtype).removeprefix('torch.')}"
+    elif tensor.is_meta:
+        reason = "is on the meta device and holds no numbers"
     else:
         return
     raise SourceError(f"{key!r} {reason}; save the state_dict of a model in float32, float16 or bfloat16")
