@@ -45,10 +45,8 @@ _CLASSES = frozenset(["torch.Tensor", "numpy.ndarray", "numpy.dtype", "argparse.
 # Attributes that later versions of torch added, which their `__setstate__` adds to modules of older files.
 _ADDED: dict[type[nn.Module] | tuple[type[nn.Module], ...], dict[str, Any]] = {
     nn.modules.conv._ConvNd: {"padding_mode": "zeros"},
-    nn.AvgPool3d: {"padding": 0, "ceil_mode": False, "count_include_pad": True},
     nn.Upsample: {"recompute_scale_factor": True},
     nn.MultiheadAttention: {"_qkv_same_embed_dim": True},
-    (nn.Softmax, nn.LogSoftmax, nn.Softmin): {"dim": None},
     nn.RNNBase: {"proj_size": 0},
     (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): {"activation": nn.functional.relu},
 }
@@ -59,7 +57,7 @@ ARRAY_CALLS = frozenset(
     for core in ("core", "_core")
     for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
 )
-_NUMPY_CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}|O8?")
+_NUMPY_CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}")
 
 _PARAMETER = "torch.nn.parameter.Parameter"
 _REBUILT = ("parameter", "parameter_with_state", "qtensor", "sparse_tensor", "meta_tensor_no_storage")
@@ -308,18 +306,14 @@ class Builder:
 
     def _parameter(self, record: Record, depth: int) -> Tensor:
         """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
-        match (*record.arguments, *(None, True, None, None)[len(record.arguments) :]):
-            case (data, bool(requires_grad), hooks, state) if not hooks and record.arguments:
+        given = (*record.arguments, *(None, True, None, None)[len(record.arguments) :])
+        match given, record.state:
+            case (data, bool(requires_grad), hooks, state), None if not hooks:
                 pass
-            case _:
-                raise Odd(f"calls {record.name} in another way")
-        match record.state:
-            case None:
-                pass
-            case (bool(requires_grad), bool(), hooks) if not hooks:
+            case (data, bool(), hooks, state), (bool(requires_grad), bool(), more) if not hooks and not more:
                 pass  # as before torch 0.4
             case _:
-                raise Odd(f"fills a {record.name} in another way")
+                raise Odd(f"calls {record.name} in another way")
         return self._with_attributes(nn.Parameter(self._inner(data, depth).detach(), requires_grad), state, depth)
 
     def _with_attributes(self, tensor: Tensor, state: Any, depth: int) -> Tensor:
@@ -417,7 +411,7 @@ def _array_of(record: Record) -> Any:
     match record.name.rpartition(".")[2], record.arguments, record.state:
         case "scalar", (Record() as described, bytes(data)), _:
             dtype = _dtype(described)
-            if dtype.hasobject or len(data) != dtype.itemsize:
+            if len(data) != dtype.itemsize:
                 raise Odd("has a numpy scalar of other data than numpy writes for a number")
             return np.frombuffer(data, dtype)[0] if data else dtype.type()
         case "_reconstruct", (Global("numpy.ndarray"), _, _), (int(), tuple(shape), Record() as described, rows, data):
@@ -430,27 +424,16 @@ def _array_of(record: Record) -> Any:
     if not are_sizes(shape):
         raise Odd("has a numpy array of a shape that no array has")
     count, size = math.prod(shape), dtype.itemsize
-    if dtype.hasobject and isinstance(data, list) and len(data) == count:
-        if not all(type(item) in _PLAIN for item in data):
-            raise _NoArrayError("a numpy array of objects")
-        made = np.empty(count, dtype)
-        made[:] = data
-        return made.reshape(shape, order=order)
-    plain = isinstance(data, bytes | bytearray) and not dtype.hasobject
-    if not plain or len(data) != count * size or (size == 0 and count > 0):
+    if not isinstance(data, bytes | bytearray) or len(data) != count * size or (size == 0 and count > 0):
         raise Odd("has a numpy array in another state than numpy writes")
     found: Any = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
     return found.astype(dtype.newbyteorder("=")).reshape(shape, order=order)
 
 
 def _dtype(record: Record) -> np.dtype[Any]:
-    match record.name, record.arguments, record.state:
-        case "numpy.dtype", (str(code), *_), None:
-            order = "="
+    match record.name, record.arguments, (3, "=") if record.state is None else record.state:
         case "numpy.dtype", (str(code), *_), (_, "<" | ">" | "|" | "=" as order, *_):
-            pass
-        case _:
-            raise Odd("has a numpy.dtype in another state than numpy writes")
-    if not _NUMPY_CODE.fullmatch(code):
-        raise _NoArrayError(f"numpy data of the type {code[:40]!r}")
-    return np.dtype(code).newbyteorder(order)  # type: ignore[arg-type]
+            if not _NUMPY_CODE.fullmatch(code):
+                raise _NoArrayError(f"numpy data of the type {code[:40]!r}")
+            return np.dtype(code).newbyteorder(order)
+    raise Odd("has a numpy.dtype in another state than numpy writes")

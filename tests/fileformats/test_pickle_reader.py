@@ -242,7 +242,7 @@ def test_nesting_up_to_the_limit_is_read() -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (np.array([nn.ReLU]), r"needs a numpy array of objects, outside of the allowlist"),
+        (np.array(["cat", None], object), r"needs numpy data of the type 'O8', outside of the allowlist"),
         (np.zeros(1, [("a", "i4")]), r"needs numpy data of the type 'V4', outside of the allowlist"),
     ],
 )
