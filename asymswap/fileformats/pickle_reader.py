@@ -289,9 +289,7 @@ class Reader:
             case "torch.device", (str(kind), int(index)) if 0 <= index < 2**15:
                 return torch.device(kind, index)
             case "torch.serialization._get_layout", (str(layout),):
-                found = getattr(torch, layout.removeprefix("torch."), None)
-                if isinstance(found, torch.layout):
-                    return found
+                return layout
             case "torch.storage._load_from_bytes", (bytes(raw),) if not self._inside:
                 return self._storage_of_bytes(raw)
         if name in TENSOR_CALLS:

@@ -74,8 +74,7 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
         yield Found(_as_state(stripped), key, extra={name: item for name, item in stripped.items() if is_extra(name)})
     elif isinstance(value, Mapping) and depth < _DEEPEST:
         names = [name for name in NESTS if name in value]
-        others = [name for name in value if name not in NESTS and isinstance(name, str)]
-        names += [name for name in others if not name.lower().startswith(_NO_NETWORKS)]
+        names += [n for n in value if isinstance(n, str) and n not in NESTS and not n.lower().startswith(_NO_NETWORKS)]
         for name in names:
             for found in _candidates(value[name], f"{key}.{name}" if key else name, depth + 1):
                 # Elsewhere than in the usual places, tensors by name may be some statistics.
