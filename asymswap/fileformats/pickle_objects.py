@@ -85,11 +85,6 @@ def allowed_names() -> frozenset[str]:
     return module_names() | HELPERS | _CLASSES | _CALLS | ARRAY_CALLS | read
 
 
-def is_allowed_module(model: nn.Module) -> bool:
-    """True where every class in a module tree is of the allowlist, so that its structure can be stored and loaded."""
-    return all(f"{type(m).__module__}.{type(m).__qualname__}" in module_names() for m in model.modules())
-
-
 def is_safe_name(name: str) -> bool:
     """True for a name that a module may have: torch writes it into code, and copying calls a child `__deepcopy__`."""
     short = len(name) <= _LONGEST_ATTRIBUTE
@@ -144,8 +139,6 @@ class Builder:
 
     def build(self, root: Any) -> Any:
         """Put tensors, arrays and modules in the place of what describes them, and return the root; raise Odd."""
-        if isinstance(root, Global):
-            raise Odd(f"holds {root.name} itself")
         found = self.visit(root, 0).value
         self._inside_record = True
         while self._records:
@@ -283,7 +276,6 @@ class Builder:
                         for key, value in (keywords or {}).items()
                     ):
                         return functools.partial(look_up(name, self._label), **(keywords or {}))
-                raise Odd(f"fills a {record.name} in another way")
             case "_rebuild_from_type_v2", (Global(function), Global(kind), tuple(inner), state):
                 # A tensor or parameter with attributes of its own.
                 plain = function in pickle_reader.TENSOR_CALLS
@@ -317,19 +309,17 @@ class Builder:
         return self._with_attributes(nn.Parameter(self._inner(data, depth).detach(), requires_grad), state, depth)
 
     def _with_attributes(self, tensor: Tensor, state: Any, depth: int) -> Tensor:
-        """Set attributes that a tensor does not have by itself; two dicts of them where its class has slots."""
-        for part in state if isinstance(state, tuple) else (state,):
-            if part is None:
-                continue
-            # numpy and torch obey attributes with underscores around them.
-            if not isinstance(part, dict) or not all(
-                isinstance(key, str) and key.isidentifier() and not key.startswith("__") and key not in _OWN
-                for key in part
-            ):
-                raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
-            for key, value in self.visit(part, depth).value.items():
-                if not isinstance(value, Record | Global):
-                    setattr(tensor, key, value)
+        """Set attributes that a tensor does not have by itself."""
+        state = {} if state is None else state
+        # numpy and torch obey attributes with underscores around them.
+        if not isinstance(state, dict) or not all(
+            isinstance(key, str) and key.isidentifier() and not key.startswith("__") and key not in _OWN
+            for key in state
+        ):
+            raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
+        for key, value in self.visit(state, depth).value.items():
+            if not isinstance(value, Record | Global):
+                setattr(tensor, key, value)
         return tensor
 
     def _object(self, record: Record, depth: int) -> _Found:

@@ -184,11 +184,10 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "path for a name": (lambda: named("a.b"), r"has .* for a name in the _modules of"),
     "method for a name": (lambda: named("__deepcopy__"), r"has .* for a name in the _modules of"),
     "control for a name": (lambda: named("\x1b[2J"), r"has .* for a name in the _modules of"),
-    "partial of numbers": (lambda: module(norm=functools.partial(nn.ReLU, True)), "fills a functools.partial in"),
-    "partial of layers": (lambda: module(n=functools.partial(nn.ReLU, x=[nn.ReLU()])), "fills a functools.partial"),
+    "partial of numbers": (lambda: module(norm=functools.partial(nn.ReLU, True)), "calls functools.partial in"),
+    "partial of layers": (lambda: module(n=functools.partial(nn.ReLU, x=[nn.ReLU()])), "calls functools.partial"),
     "partial of a function": (lambda: functools.partial(torch._utils._rebuild_tensor), r"calls functools\.partial in"),
     "function": (lambda: {"f": torch._utils._rebuild_tensor}, r"keeps torch\._utils\._rebuild_tensor itself as a"),
-    "class": (lambda: nn.ReLU, r"holds torch\.nn\.modules\.activation\.ReLU itself"),
     "deep module": (lambda: deep(DEEPEST), f"is nested more than {DEEPEST} levels deep"),
     "tensor's data": (lambda: tensor_with("data"), "fills a tensor with attributes that it has itself"),
 }  # fmt: skip
