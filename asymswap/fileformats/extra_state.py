@@ -69,7 +69,8 @@ def _plain(value: Any, key: str, tensors: dict[str, Tensor], depth: int = 0) -> 
     if depth > _DEEPEST:
         raise TypeError(f"values nested more than {_DEEPEST} deep")
     if isinstance(value, Tensor):
-        if kind not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
+        ordinary = value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+        if kind not in (Tensor, nn.Parameter) or not ordinary:
             raise TypeError(f"a {kind.__name__} that is no ordinary tensor with numbers")
         name = key if key not in tensors else f"{key}.{len(tensors)}"
         tensors[name] = value.detach()

@@ -175,16 +175,14 @@ def _is_module(value: Any) -> bool:
 
 
 def _tensors_below(root: Record, label: str, scripted: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under its dotted name, in order; raise SourceError for a module inside of itself.
+    """Yield every tensor under its dotted name, in order; raise SourceError where there is no end of modules.
 
     Of a module that is not `scripted`, these are parameters, persistent buffers, and what is in its children.
     """
     parts = 0
 
-    def below(record: Record, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    def below(record: Record, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
         nonlocal parts
-        if id(record) in above:
-            raise SourceError(f"{label} is cut off or damaged: a module contains itself")
         state = record.state if isinstance(record.state, dict) and (scripted or _is_module(record)) else {}
         if state and not scripted:
             passing = state.get("_non_persistent_buffers_set")
@@ -194,13 +192,13 @@ def _tensors_below(root: Record, label: str, scripted: bool = False) -> Iterator
         for name, value in state.items():
             # Each name is written out, with the whole prefix.
             parts += 1 + len(f"{prefix}{name}") // 256
-            if parts > _MOST_PARTS or len(above) > 100:
+            if parts > _MOST_PARTS or depth > 100:
                 raise SourceError(f"{label} is cut off or damaged: it claims more modules than any network has")
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value
             elif isinstance(value, nn.Module):
                 yield from ((f"{prefix}{name}.{key}", tensor) for key, tensor in value.state_dict().items())
             elif isinstance(value, Record):
-                yield from below(value, f"{prefix}{name}.", (*above, id(record)))
+                yield from below(value, f"{prefix}{name}.", depth + 1)
 
-    return below(root, "", ())
+    return below(root, "", 0)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asymswap.errors import SourceError, reason_of
+from asymswap.errors import SourceError
 from asymswap.fileformats import pickle_reader
 from asymswap.fileformats.pickle_reader import Global, MalformedError, Odd, Record, StorageRef, TensorRef, are_sizes
 
@@ -45,10 +45,8 @@ _CLASSES = frozenset(["torch.Tensor", "numpy.ndarray", "numpy.dtype", "argparse.
 # Attributes that later versions of torch added, which their `__setstate__` adds to modules of older files.
 _ADDED: dict[type[nn.Module] | tuple[type[nn.Module], ...], dict[str, Any]] = {
     nn.modules.conv._ConvNd: {"padding_mode": "zeros"},
-    nn.AvgPool3d: {"padding": 0, "ceil_mode": False, "count_include_pad": True},
     nn.Upsample: {"recompute_scale_factor": True},
     nn.MultiheadAttention: {"_qkv_same_embed_dim": True},
-    (nn.Softmax, nn.LogSoftmax, nn.Softmin): {"dim": None},
     nn.RNNBase: {"proj_size": 0},
     (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer): {"activation": nn.functional.relu},
 }
@@ -59,7 +57,7 @@ ARRAY_CALLS = frozenset(
     for core in ("core", "_core")
     for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
 )
-_NUMPY_CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}|O8?")
+_NUMPY_CODE = re.compile(r"[biufc][1-9]\d?|[?bBhHiIlLqQefdgFDG]|[SU]\d{1,9}")
 
 _PARAMETER = "torch.nn.parameter.Parameter"
 _REBUILT = ("parameter", "parameter_with_state", "qtensor", "sparse_tensor", "meta_tensor_no_storage")
@@ -85,11 +83,6 @@ def allowed_names() -> frozenset[str]:
     """Return every global of which something is made; objects and calls of others stay records."""
     read = pickle_reader.NAMES_READ | pickle_reader.constants().keys()
     return module_names() | HELPERS | _CLASSES | _CALLS | ARRAY_CALLS | read
-
-
-def is_allowed_module(model: nn.Module) -> bool:
-    """True where every class in a module tree is of the allowlist, so that its structure can be stored and loaded."""
-    return all(f"{type(m).__module__}.{type(m).__qualname__}" in module_names() for m in model.modules())
 
 
 def is_safe_name(name: str) -> bool:
@@ -146,16 +139,11 @@ class Builder:
 
     def build(self, root: Any) -> Any:
         """Put tensors, arrays and modules in the place of what describes them, and return the root; raise Odd."""
-        if isinstance(root, Global):
-            raise Odd(f"holds {root.name} itself")
         found = self.visit(root, 0).value
         self._inside_record = True
         while self._records:
             record = self._records.pop()
             record.state = self.visit(record.state, 0).value
-            record.arguments = self.visit(record.arguments, 0).value
-            self.visit(record.items, 0)
-            self.visit(record.elements, 0)
         return found
 
     def visit(self, value: Any, depth: int) -> _Found:
@@ -288,26 +276,17 @@ class Builder:
                         for key, value in (keywords or {}).items()
                     ):
                         return functools.partial(look_up(name, self._label), **(keywords or {}))
-                raise Odd(f"fills a {record.name} in another way")
             case "_rebuild_from_type_v2", (Global(function), Global(kind), tuple(inner), state):
                 # A tensor or parameter with attributes of its own.
                 plain = function in pickle_reader.TENSOR_CALLS
                 if kind in ("torch.Tensor", _PARAMETER) and (plain or function in _CALLS - {record.name}):
                     part = pickle_reader.described_tensor(function, inner) if plain else Record(function, inner)
                     return self._with_attributes(self._inner(part, depth), state, depth)
-            case "_rebuild_qtensor", (_, _, _, _, (torch.qscheme() as scheme, *scales), bool(grad), hooks) if all(
-                isinstance(one, float | int | TensorRef) for one in scales
-            ):
-                ref = pickle_reader.described_tensor(record.name, (*record.arguments[:4], grad, hooks))
-                storage, start = ref.storage, ref.offset + ref.storage.start
-                self.check(ref, storage.dtype)
-                typed = torch.TypedStorage(wrap_storage=self._memory(storage), dtype=storage.dtype, _internal=True)
-                how = (scheme, *(self.visit(one, depth).value for one in scales))
-                return torch._utils._rebuild_qtensor(typed, start, ref.size, ref.stride, how, grad, OrderedDict())
-            case "_rebuild_sparse_tensor", (torch.layout() as layout, tuple(described)):
-                parts = [self.visit(part, depth).value for part in described]
-                if all(one is None or isinstance(one, bool | Tensor | torch.Size) or are_sizes(one) for one in parts):
-                    return _sparse(layout, parts)
+            # Neither is converted, whatever its numbers: its kind and size suffice to say so.
+            case "_rebuild_qtensor", (StorageRef() as storage, _, tuple(size), *_) if are_sizes(size):
+                return torch.empty(size, dtype=storage.dtype, device="meta")
+            case "_rebuild_sparse_tensor", (_, (_, _, torch.Size() as size, *_) | (_, _, _, torch.Size() as size)):
+                return torch.empty(size, layout=torch.sparse_coo, device="meta")
             case "_rebuild_meta_tensor_no_storage", (torch.dtype() as dtype, size, stride, bool(grad)):
                 if are_sizes(size) and are_sizes(stride):
                     return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad)
@@ -319,34 +298,28 @@ class Builder:
 
     def _parameter(self, record: Record, depth: int) -> Tensor:
         """`Parameter(data, requires_grad)`, `_rebuild_parameter`, `_rebuild_parameter_with_state`."""
-        match (*record.arguments, *(None, True, None, None)[len(record.arguments) :]):
-            case (data, bool(requires_grad), hooks, state) if not hooks and record.arguments:
+        given = (*record.arguments, *(None, True, None, None)[len(record.arguments) :])
+        match given, record.state:
+            case (data, bool(requires_grad), hooks, state), None if not hooks:
                 pass
-            case _:
-                raise Odd(f"calls {record.name} in another way")
-        match record.state:
-            case None:
-                pass
-            case (bool(requires_grad), bool(), hooks) if not hooks:
+            case (data, bool(), hooks, state), (bool(requires_grad), bool(), more) if not hooks and not more:
                 pass  # as before torch 0.4
             case _:
-                raise Odd(f"fills a {record.name} in another way")
+                raise Odd(f"calls {record.name} in another way")
         return self._with_attributes(nn.Parameter(self._inner(data, depth).detach(), requires_grad), state, depth)
 
     def _with_attributes(self, tensor: Tensor, state: Any, depth: int) -> Tensor:
-        """Set attributes that a tensor does not have by itself; two dicts of them where its class has slots."""
-        for part in state if isinstance(state, tuple) else (state,):
-            if part is None:
-                continue
-            # numpy and torch obey attributes with underscores around them.
-            if not isinstance(part, dict) or not all(
-                isinstance(key, str) and key.isidentifier() and not key.startswith("__") and key not in _OWN
-                for key in part
-            ):
-                raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
-            for key, value in self.visit(part, depth).value.items():
-                if not isinstance(value, Record | Global):
-                    setattr(tensor, key, value)
+        """Set attributes that a tensor does not have by itself."""
+        state = {} if state is None else state
+        # numpy and torch obey attributes with underscores around them.
+        if not isinstance(state, dict) or not all(
+            isinstance(key, str) and key.isidentifier() and not key.startswith("__") and key not in _OWN
+            for key in state
+        ):
+            raise Odd("fills a tensor with attributes that it has itself, or that torch obeys")
+        for key, value in self.visit(state, depth).value.items():
+            if not isinstance(value, Record | Global):
+                setattr(tensor, key, value)
         return tensor
 
     def _object(self, record: Record, depth: int) -> _Found:
@@ -415,19 +388,6 @@ def look_up(name: str, label: str) -> Any:
         raise SourceError(f"{label} needs {name}, {lack}") from None
 
 
-def _sparse(layout: torch.layout, parts: list[Any]) -> Tensor:
-    # Not torch's own rebuilding, which keeps the tensor in a list to be checked when something else is loaded.
-    try:
-        if layout == torch.sparse_coo:
-            indices, values, size, *flag = parts
-            coalesced = bool(flag[0]) if flag else None
-            return torch.sparse_coo_tensor(indices, values, size, check_invariants=True, is_coalesced=coalesced)
-        compressed, plain, values, size = parts
-        return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise Odd(f"has a damaged sparse tensor ({reason_of(error, 120)})") from None
-
-
 class _NoArrayError(Exception):
     """Harmless data of a type that is not read; the text says which."""
 
@@ -441,7 +401,7 @@ def _array_of(record: Record) -> Any:
     match record.name.rpartition(".")[2], record.arguments, record.state:
         case "scalar", (Record() as described, bytes(data)), _:
             dtype = _dtype(described)
-            if dtype.hasobject or len(data) != dtype.itemsize:
+            if len(data) != dtype.itemsize:
                 raise Odd("has a numpy scalar of other data than numpy writes for a number")
             return np.frombuffer(data, dtype)[0] if data else dtype.type()
         case "_reconstruct", (Global("numpy.ndarray"), _, _), (int(), tuple(shape), Record() as described, rows, data):
@@ -454,27 +414,16 @@ def _array_of(record: Record) -> Any:
     if not are_sizes(shape):
         raise Odd("has a numpy array of a shape that no array has")
     count, size = math.prod(shape), dtype.itemsize
-    if dtype.hasobject and isinstance(data, list) and len(data) == count:
-        if not all(type(item) in _PLAIN for item in data):
-            raise _NoArrayError("a numpy array of objects")
-        made = np.empty(count, dtype)
-        made[:] = data
-        return made.reshape(shape, order=order)
-    plain = isinstance(data, bytes | bytearray) and not dtype.hasobject
-    if not plain or len(data) != count * size or (size == 0 and count > 0):
+    if not isinstance(data, bytes | bytearray) or len(data) != count * size or (size == 0 and count > 0):
         raise Odd("has a numpy array in another state than numpy writes")
     found: Any = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
     return found.astype(dtype.newbyteorder("=")).reshape(shape, order=order)
 
 
 def _dtype(record: Record) -> np.dtype[Any]:
-    match record.name, record.arguments, record.state:
-        case "numpy.dtype", (str(code), *_), None:
-            order = "="
+    match record.name, record.arguments, (3, "=") if record.state is None else record.state:
         case "numpy.dtype", (str(code), *_), (_, "<" | ">" | "|" | "=" as order, *_):
-            pass
-        case _:
-            raise Odd("has a numpy.dtype in another state than numpy writes")
-    if not _NUMPY_CODE.fullmatch(code):
-        raise _NoArrayError(f"numpy data of the type {code[:40]!r}")
-    return np.dtype(code).newbyteorder(order)  # type: ignore[arg-type]
+            if not _NUMPY_CODE.fullmatch(code):
+                raise _NoArrayError(f"numpy data of the type {code[:40]!r}")
+            return np.dtype(code).newbyteorder(order)
+    raise Odd("has a numpy.dtype in another state than numpy writes")

@@ -176,11 +176,8 @@ class Reader:
                 case "APPEND" | "APPENDS":
                     values = [pop()] if name == "APPEND" else pop_to_mark()
                     _contents(stack[-1], list).extend(values)
-                case "SETITEM":
-                    value, key = pop(), pop()
-                    _contents(stack[-1], dict)[key_of(key)] = value
-                case "SETITEMS":
-                    pairs = _paired(pop_to_mark())
+                case "SETITEM" | "SETITEMS":
+                    pairs = _paired([pop(), pop()][::-1] if name == "SETITEM" else pop_to_mark())
                     _contents(stack[-1], dict).update(pairs)
                 case "ADDITEMS":
                     values = pop_to_mark()
@@ -292,9 +289,7 @@ class Reader:
             case "torch.device", (str(kind), int(index)) if 0 <= index < 2**15:
                 return torch.device(kind, index)
             case "torch.serialization._get_layout", (str(layout),):
-                found = getattr(torch, layout.removeprefix("torch."), None)
-                if isinstance(found, torch.layout):
-                    return found
+                return layout
             case "torch.storage._load_from_bytes", (bytes(raw),) if not self._inside:
                 return self._storage_of_bytes(raw)
         if name in TENSOR_CALLS:
@@ -338,8 +333,7 @@ def read_old(reader: Reader, stream: BinaryIO, most: int) -> tuple[Any, dict[str
     for storage in reader.storages:
         if claimed.setdefault(storage.key, storage).claimed != storage.claimed:
             raise Odd(f"claims two sizes for the storage {storage.key!r}")
-    listed = isinstance(keys, list) and len(keys) == len(claimed) and all(type(key) is str for key in keys)
-    if not listed or set(keys) != claimed.keys():
+    if keys != sorted(claimed):
         raise MalformedError("its list of storages is damaged")
     start, total = head.tell(), sum(8 + storage.claimed for storage in claimed.values())
     if start + total > stream.seek(0, io.SEEK_END):

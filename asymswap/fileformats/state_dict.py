@@ -74,8 +74,7 @@ def _candidates(value: Any, key: str, depth: int) -> Iterator[Found]:
         yield Found(_as_state(stripped), key, extra={name: item for name, item in stripped.items() if is_extra(name)})
     elif isinstance(value, Mapping) and depth < _DEEPEST:
         names = [name for name in NESTS if name in value]
-        others = [name for name in value if name not in NESTS and isinstance(name, str)]
-        names += [name for name in others if not name.lower().startswith(_NO_NETWORKS)]
+        names += [n for n in value if isinstance(n, str) and n not in NESTS and not n.lower().startswith(_NO_NETWORKS)]
         for name in names:
             for found in _candidates(value[name], f"{key}.{name}" if key else name, depth + 1):
                 # Elsewhere than in the usual places, tensors by name may be some statistics.
@@ -238,12 +237,12 @@ def load_state_(model: nn.Module, state: State, take: bool = False) -> None:
 
 def _check_tensor(key: str, tensor: Tensor, own: Tensor) -> None:
     """Raise SourceError for a tensor of a file that cannot become the model's `own`."""
-    if tensor.is_meta:
-        reason = "is on the meta device and holds no numbers"
-    elif tensor.layout is not torch.strided:
-        reason = f"is sparse ({tensor.layout})"
+    if tensor.layout is not torch.strided:
+        reason = "is sparse"
     elif tensor.is_quantized or (own.is_floating_point() and tensor.dtype not in _FLOATS):
         reason = f"is of dtype {str(tensor.dtype).removeprefix('torch.')}"
+    elif tensor.is_meta:
+        reason = "is on the meta device and holds no numbers"
     else:
         return
     raise SourceError(f"{key!r} {reason}; save the state_dict of a model in float32, float16 or bfloat16")

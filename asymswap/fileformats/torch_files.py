@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError, listed, reason_of
 from asymswap.fileformats import pickle_reader
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.pickle_objects import COMPILED, Builder, allowed_names, is_allowed_module, named_in
+from asymswap.fileformats.pickle_objects import COMPILED, Builder, allowed_names, module_names, named_in
 from asymswap.fileformats.pickle_reader import MalformedError, Odd, Reader, StorageRef
 from asymswap.utils.tensors import allocated, copy_with
 
@@ -248,7 +248,7 @@ def to_structure(model: nn.Module) -> bytes | None:
 
     None for one of classes outside of the allowlist, and where it holds anything that could not be read back.
     """
-    if not is_allowed_module(model):
+    if not all(f"{type(m).__module__}.{type(m).__qualname__}" in module_names() for m in model.modules()):
         return None
     stored = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
     buffer = io.BytesIO()

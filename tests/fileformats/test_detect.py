@@ -79,7 +79,6 @@ def test_zip_archives_of_other_kinds(names: list[str], expected: str, tmp_path: 
         (b"\x89HDF\r\n\x1a\nrest", r"an HDF5 file \(Keras\?\)"),
         (bytes(100), r"binary data of an unknown kind"),
         (b"PK\x03\x04" + bytes(50), r"is cut off or damaged: a zip archive that cannot be opened; download it again"),
-        ((999).to_bytes(8, "little") + b'{"a"', r"is cut off: its safetensors header is longer than the file"),
         ((2**60).to_bytes(8, "little") + b"{}", r"binary data of an unknown kind"),
     ],
 )

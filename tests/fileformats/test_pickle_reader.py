@@ -68,6 +68,8 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
     "complex": lambda: torch.ones(2, dtype=torch.complex64).conj(),
     "meta": lambda: torch.ones(2, device="meta"),
     "sparse": lambda: torch.eye(2).to_sparse(),
+    "sparse in rows": lambda: torch.eye(2).to_sparse_csr(),
+    "sparse in blocks": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
     "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
     "by channel": lambda: torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
 }
@@ -83,13 +85,12 @@ def test_every_tensor_that_is_saved_can_be_read(name: str, legacy: bool) -> None
         warnings.simplefilter("ignore")
         tensor = TENSORS[name]()
         again = load(saved({"t": tensor}, legacy), FileKind.LEGACY if legacy else FileKind.TORCH)["t"]
-        assert (again.shape, again.dtype, again.stride() if not again.is_sparse else ()) == (
-            tensor.shape,
-            tensor.dtype,
-            tensor.stride() if not tensor.is_sparse else (),
-        )
-        if not tensor.is_meta:
-            assert torch.equal(again.to_dense() if again.is_sparse else again, tensor.to_dense())
+        sparse = tensor.layout is not torch.strided
+        assert (again.shape, again.dtype, again.is_quantized) == (tensor.shape, tensor.dtype, tensor.is_quantized)
+        assert again.is_sparse if sparse else again.stride() == tensor.stride()
+        # Of what is refused as a weight nothing but its kind and size is read.
+        assert again.is_meta == (tensor.is_meta or sparse or tensor.is_quantized)
+        assert again.is_meta or torch.equal(again, tensor)
 
 
 @given(
@@ -183,11 +184,10 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "path for a name": (lambda: named("a.b"), r"has .* for a name in the _modules of"),
     "method for a name": (lambda: named("__deepcopy__"), r"has .* for a name in the _modules of"),
     "control for a name": (lambda: named("\x1b[2J"), r"has .* for a name in the _modules of"),
-    "partial of numbers": (lambda: module(norm=functools.partial(nn.ReLU, True)), "fills a functools.partial in"),
-    "partial of layers": (lambda: module(n=functools.partial(nn.ReLU, x=[nn.ReLU()])), "fills a functools.partial"),
+    "partial of numbers": (lambda: module(norm=functools.partial(nn.ReLU, True)), "calls functools.partial in"),
+    "partial of layers": (lambda: module(n=functools.partial(nn.ReLU, x=[nn.ReLU()])), "calls functools.partial"),
     "partial of a function": (lambda: functools.partial(torch._utils._rebuild_tensor), r"calls functools\.partial in"),
     "function": (lambda: {"f": torch._utils._rebuild_tensor}, r"keeps torch\._utils\._rebuild_tensor itself as a"),
-    "class": (lambda: nn.ReLU, r"holds torch\.nn\.modules\.activation\.ReLU itself"),
     "deep module": (lambda: deep(DEEPEST), f"is nested more than {DEEPEST} levels deep"),
     "tensor's data": (lambda: tensor_with("data"), "fills a tensor with attributes that it has itself"),
 }  # fmt: skip
@@ -241,7 +241,7 @@ def test_nesting_up_to_the_limit_is_read() -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (np.array([nn.ReLU]), r"needs a numpy array of objects, outside of the allowlist"),
+        (np.array(["cat", None], object), r"needs numpy data of the type 'O8', outside of the allowlist"),
         (np.zeros(1, [("a", "i4")]), r"needs numpy data of the type 'V4', outside of the allowlist"),
     ],
 )

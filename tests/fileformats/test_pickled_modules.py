@@ -15,7 +15,6 @@ from torchvision import models
 
 from asymswap.errors import SourceError
 from asymswap.fileformats.detect import FileKind
-from asymswap.fileformats.pickle_objects import is_allowed_module
 from asymswap.fileformats.state_dict import find_weights
 from asymswap.fileformats.torch_files import from_structure, load_object, to_structure
 from asymswap.models.opening import open_model
@@ -52,7 +51,7 @@ def sparse() -> nn.Module:
             r"'0\.weight' is on the meta device and holds no num",
         ),
         (quantised, r"'scale' is of dtype qint8; save the state_dict of a model in float32"),
-        (sparse, r"'mask' is sparse \(torch\.sparse_coo\); save the state_dict"),
+        (sparse, r"'mask' is sparse; save the state_dict"),
     ],
 )
 def test_modules_without_numbers_to_compute_with(make: Callable[[], nn.Module], reason: str, tmp_path: Path) -> None:
@@ -140,14 +139,11 @@ def with_function() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("build", [lambda: Mine(nn.ReLU()), lambda: nn.Sequential(Mine()), hooked, with_function])
+@pytest.mark.parametrize(
+    "build", [lambda: Mine(nn.ReLU()), lambda: nn.Sequential(nn.Sequential(Mine())), hooked, with_function]
+)
 def test_structures_that_could_not_be_read_back_are_not_stored(build: Callable[[], nn.Module]) -> None:
     assert to_structure(build()) is None
-
-
-def test_only_whole_trees_of_allowed_classes_count() -> None:
-    assert is_allowed_module(plain())
-    assert not is_allowed_module(nn.Sequential(nn.Sequential(Mine())))
 
 
 @pytest.mark.parametrize("value", [{"a": 1}, [1], torch.ones(1)])

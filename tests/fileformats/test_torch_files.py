@@ -258,11 +258,6 @@ def test_other_objects_stay_records_beside_the_weights(legacy: bool, tmp_path: P
     assert isinstance(loaded.value["when"], Record)
 
 
-def test_arrays_of_plain_objects(tmp_path: Path) -> None:
-    array = np.array([["cat", 1], [None, 2.5]], object)
-    np.testing.assert_array_equal(load({"classes": array}, tmp_path / "x.pt")["classes"], array)
-
-
 def test_a_module_that_was_compiled_is_what_was_compiled(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     found = load(torch.compile(model), tmp_path / "x.pt")
