@@ -36,6 +36,7 @@ PREFIX = "ultralytics:"
 _MOST_LAYERS, _MOST_WIDTH = 1_000, 100_000  # of a yaml, which a file may claim; the largest known have 60 and 2,048
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _ACTIVATION = re.compile(r"(?:torch\.)?nn\.(\w+)\(((?:\w+=)?[\w.-]*)\)")
+_TRIED = "8."
 _TASKS = ("detect", "segment", "pose", "obb", "classify")
 _TAKES = ("num_classes", "channels", "task", "names", "size", "built_for", "fused", "yaml")
 
@@ -85,8 +86,12 @@ class Ultralytics(Family):
     def describe(self, model: nn.Module, reference: str, arguments: Arguments, weights: str) -> OpenedModel:
         """Describe the network with its whole yaml, so that it can be built again wherever its file lies."""
         opened = super().describe(model, reference, {**arguments, **_settled(model)}, weights)
-        note = "ultralytics folded its batch norms before; to train on, convert the file from before that"
-        return replace(opened, notes=(note,)) if arguments.get("fused") else opened
+        notes, version = opened.notes, str(package("ultralytics").__version__)
+        if arguments.get("fused"):
+            notes += ("ultralytics folded its batch norms before; to train on, convert the file from before that",)
+        if not version.startswith(_TRIED):
+            notes += (f"ultralytics {version} is installed; asymswap was tried with {_TRIED}x",)
+        return replace(opened, notes=notes)
 
     def preprocessing(self, reference: str, model: nn.Module, arguments: Arguments) -> Preprocessing:
         """Return what ultralytics does: values of 0 to 1, at 640 x 640 (224 for classes) where the file has no size."""
