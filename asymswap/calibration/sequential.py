@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -111,12 +111,8 @@ def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team
     return replace(bare, target_GOD=target_GOD)
 
 
-class _Target(NamedTuple):
-    """The original network at one site for one batch."""
-
-    input: torch.Size
-    at: tuple[Tensor, Tensor]  # some positions
-    outputs_GON: Tensor  # there
+_Target = tuple[torch.Size, tuple[Tensor, Tensor], Tensor]
+"""The original network at one site for one batch: the size of the input, some positions, and the outputs there."""
 
 
 def _stop_at_sites(
@@ -140,7 +136,7 @@ def _stop_at_sites(
         def see(name: str, seen: Tensor, output: Tensor) -> None:
             if name in found:
                 at = images.positions(sites[name], output, number)
-                target = _Target(seen.shape, at, outputs_at(output, sites[name].conv.groups, at))
+                target = seen.shape, at, outputs_at(output, sites[name].conv.groups, at)
                 found[name][number] = None if number in found[name] else target
 
         with conv_hooks(model, see):
@@ -164,11 +160,12 @@ def _stop_at_sites(
                 with suppress(StopForward):
                     converted(*copied(batch))
                 target = targets.get(number)
-                if [one.shape for one in inputs] != ([] if target is None else [target.input]):
+                if [one.shape for one in inputs] != ([] if target is None else [target[0]]):
                     return "it runs on inputs of another size, or another number of times, in the converted network"
                 try:
                     if target is not None:
-                        sums.add(patches_of(sums.conv, inputs[0], target.at), target.outputs_GON)
+                        _, at, outputs_GON = target
+                        sums.add(patches_of(sums.conv, inputs[0], at), outputs_GON)
                 except ValueError:
                     return "its input in the converted network is not finite"
         return None
