@@ -37,7 +37,7 @@ class Against(Evaluator):
     def __init__(
         self, first: OpenedModel, calibration: Calibration, traced: Trace | None = None, kind: OutputKind | None = None
     ) -> None:
-        self._first, self._calibration = first.model, calibration
+        self._first = first.model
         self._parts = WHOLE if traced is None else compared_parts(traced)
         held_back = _held_back(first, calibration)
         kind = kind or calibration.outputs or output_kind(first.model, lambda: enumerate(held_back))[0]
@@ -45,12 +45,6 @@ class Against(Evaluator):
         self._held_back = self._own = held_back if self._scores else _some(held_back)
         self.description, self.images = self._held_back.description, self._held_back.count
         self._seen: dict[int, Any] = {}  # the first network's outputs
-
-    def of(self, opened: OpenedModel) -> Against:
-        """Return the same for a model that takes its inputs in its own preprocessing."""
-        other, held_back = copy.copy(self), _held_back(opened, self._calibration)
-        other._own = held_back if self._scores else _some(held_back)
-        return other
 
     def first_batch(self) -> Inputs:
         """Return the first held-back inputs, as the model gets them."""
@@ -64,7 +58,11 @@ class Against(Evaluator):
         calibration = data if isinstance(data, Calibration) else Calibration(data)
         models = [settle_on(one, calibration.given()) for one in opened]
         first = Against(models[0], calibration)
-        return models, [first, *map(first.of, models[1:])]
+        others = [copy.copy(first) for _ in models[1:]]
+        for other, model in zip(others, models[1:], strict=True):
+            held_back = _held_back(model, calibration)
+            other._own = held_back if first._scores else _some(held_back)
+        return models, [first, *others]
 
     def agreement(self, model: nn.Module, progress: Steps) -> Agreement:
         """Return how far a model agrees with the first one."""

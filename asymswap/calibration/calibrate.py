@@ -1,7 +1,6 @@
 """Calibration of a model: images from a data reference, statistics from them or from a file."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,10 +78,8 @@ def gather_statistics(
         for site in (site for site in sites if site.name not in summary.unseen):
             if site.name not in found:
                 raise SourceError(f"the calibration cache {cache} lacks {site.name}; give another file name")
-            conv = site.conv
-            fitting = conv.groups, conv.group_out, conv.group_in * math.prod(conv.kernel)
-            if found[site.name].target_GOD.shape != fitting:
-                raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({conv.describe()})")
+            if found[site.name].target_GOD.shape != (site.conv.groups, site.conv.group_out, gather.patch_length(site)):
+                raise SourceError(f"the calibration cache {cache} does not fit {site.name} ({site.conv.describe()})")
         notes.append(f"statistics read from {cache}")
     else:
         if images is None or held_back is None:

@@ -76,18 +76,16 @@ class Calibration:
     inputs: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        def below_one(number: int | None) -> bool:
-            return number is not None and number < 1
-
+        below_one = {name for name, value in vars(self).items() if isinstance(value, int | float) and value < 1}
         nothing, polish = self.data is None and self.cache is None, (self.polish_steps, self.polish_minutes)
         no_polish = None not in polish or any(value is not None and value <= 0 for value in polish)
-        no_patches = below_one(self.patches) or (self.patches is not None and self.patch is None)
+        no_patches = "patches" in below_one or (self.patches is not None and self.patch is None)
         wrong = {
             "calibration needs images, `data=…`, or a file of statistics, `cache=…`": nothing,
-            f"`patch={self.patch}` is no side in pixels, such as 64": below_one(self.patch),
+            f"`patch={self.patch}` is no side in pixels, such as 64": "patch" in below_one,
             f"`patches={self.patches}` is a number of patches, and goes with `patch=SIDE`": no_patches,
-            f"`images={self.images}` is no number of images; give 128 to 2048": below_one(self.images),
-            f"`held_back={self.held_back}` is no number of images; give 256 to 4096": below_one(self.held_back),
+            f"`images={self.images}` is no number of images; give 128 to 2048": "images" in below_one,
+            f"`held_back={self.held_back}` is no number of images; give 256 to 4096": "held_back" in below_one,
             "polish takes either a number of steps or a number of minutes, above zero": no_polish,
             "polish needs images: give `data=…` too": self.polishes and self.data is None,
             f"`memory_gib={self.memory_gib:g}` is no amount of memory; give GiB, such as 4": self.memory_gib <= 0,

@@ -68,12 +68,16 @@ class Images:
 
     def each(self, site: Site) -> int:
         """Return the number of positions to look at in each image: enough for the covariance, and no more."""
-        least, most = (number * _length(site) for number in _SAMPLES_PER_DIMENSION)
+        least, most = (number * patch_length(site) for number in _SAMPLES_PER_DIMENSION)
         return max(_POSITIONS, math.ceil(max(least, min(most, _ENOUGH)) / max(self.count, 1)))
 
     def positions(self, site: Site, output: Tensor, *numbers: int) -> tuple[Tensor, Tensor]:
         """Return rows and columns of as many pixels of the output, drawn for a batch, and a run, of these numbers."""
-        return choose_positions(output.shape[-2:], self.each(site), generator_for(self.seed, site.name, *numbers))
+        (height, width), most = output.shape[-2:], self.each(site)
+        flat = torch.arange(height * width)
+        if len(flat) > most:
+            flat = torch.randperm(len(flat), generator=generator_for(self.seed, site.name, *numbers))[:most]
+        return flat // width, flat % width
 
 
 class PatchSums:
@@ -220,7 +224,7 @@ def gather(
     several passes, those of earlier ones wait in temporary files. Raises SourceError, naming the first layer, for
     activations that are not finite.
     """
-    groups = within(images.memory_gib * 2**30, sites, lambda site: 8.0 * site.conv.groups * _length(site) ** 2)
+    groups = within(images.memory_gib * 2**30, sites, lambda site: 8.0 * site.conv.groups * patch_length(site) ** 2)
     found, everywhere, total = dict[str, SiteStatistics](), True, len(groups) * images.count
     for number, group in enumerate(groups):
         step = lambda done, before=number * images.count: progress("calibrating", before + done, total)  # noqa: E731
@@ -238,9 +242,7 @@ def _pass(
     """Return the statistics of the sites that run, and whether the prediction has a gradient at all of them."""
     by_name = {site.name: site for site in sites}
     sums = {name: PatchSums(cast(nn.Conv2d, model.get_submodule(name))) for name in by_name}
-    shapes = {site.name: (site.conv.groups, site.conv.group_out, site.conv.group_out) for site in sites}
-    weights = {name: one.conv.weight.new_zeros(shapes[name], dtype=torch.float64) for name, one in sums.items()}
-    gradients = Counter[str]()
+    weights: dict[str, Tensor] = {}  # of the sites that got a gradient
     number, done, runs = 0, 0, Counter[str]()  # of the current batch, and how often each conv has run on it
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
@@ -256,10 +258,9 @@ def _pass(
                 raise SourceError(what) from None
 
         def back(gradient: Tensor) -> None:
-            g = _at_least_float32(gradient).unflatten(1, (len(weights[name]), -1))
+            g = _at_least_float32(gradient).unflatten(1, (by_name[name].conv.groups, -1))
             g = g.permute(1, 0, 3, 4, 2).flatten(1, 3)
-            weights[name] += (g.mT @ g).to(torch.float64)
-            gradients[name] += 1
+            weights[name] = weights.get(name, 0.0) + (g.mT @ g).to(torch.float64)
 
         if output.requires_grad:
             output.register_hook(back)
@@ -289,22 +290,16 @@ def _pass(
         target_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
         if conv.bias is not None:
             target_GO = target_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
-        weight_GOO = images.team.sum(weights[name]) / images.count
+        nothing_GOO = kernel_GOD.new_zeros((*target_GO.shape, target_GO.shape[1]))
+        weight_GOO = images.team.sum(weights.get(name, nothing_GOO)) / images.count
         weight = weight_GOO if torch.isfinite(weight_GOO).all() and weight_GOO.any() else None
         found[name] = SiteStatistics(mean_GD, cov_GDD, kernel_GOD, target_GO, weight, own.patches)
-        with_gradient = with_gradient and bool(images.team.sum(torch.tensor(gradients[name])))
+        with_gradient = with_gradient and bool(images.team.sum(torch.tensor(int(name in weights))))
     return found, with_gradient
 
 
-def _length(site: Site) -> int:
+def patch_length(site: Site) -> int:
     return site.conv.group_in * math.prod(site.conv.kernel)
-
-
-def choose_positions(size: torch.Size, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of at most `most` pixels of a feature map, drawn without repetition."""
-    pixels = size.numel()
-    flat = torch.arange(pixels) if pixels <= most else torch.randperm(pixels, generator=generator)[:most]
-    return flat // size[1], flat % size[1]
 
 
 def patches_of(conv: nn.Conv2d, x_NCHW: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:

@@ -248,7 +248,7 @@ class _Inputs:
         """Return about so many held-back samples, in batches."""
         count = max(count, _HELD_BACK[0])
         if self.rows is not None:
-            return [(rows,) for rows in _formatted(self.rows[self.held[:count]]).split(self.largest)]
+            return [(rows,) for rows in self.rows[self.held[:count]].split(self.largest)]
         chosen = [self.batches[number] for number in self.held]
         before = itertools.accumulate(map(samples_in, chosen), initial=0)
         return [batch for batch, samples in zip(chosen, before, strict=False) if samples < count]
@@ -292,8 +292,4 @@ def _augmented(images: Tensor, patch: int | None, generator: torch.Generator) ->
         for axis, side in enumerate(sides)
     )
     shifted = padded[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return _formatted(shifted.permute(0, 3, 1, 2))
-
-
-def _formatted(rows: Tensor) -> Tensor:
-    return rows.contiguous(memory_format=torch.channels_last) if rows.dim() == 4 else rows
+    return shifted.permute(0, 3, 1, 2)

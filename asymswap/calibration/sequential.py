@@ -14,11 +14,10 @@ sampled positions of each output alone; the converted network runs for every sit
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,8 +29,8 @@ from asymswap.graph.graphs import bind, placeholder_value, whole_graph
 from asymswap.graph.trace import conv_hooks, conv_input, node_operation
 from asymswap.types import Plan, Progress, Site, silent
 from asymswap.utils.distributed import Team
-from asymswap.utils.inputs import Inputs, copied
-from asymswap.utils.tensors import StopForward, eval_mode, list_tensors, to_meta
+from asymswap.utils.inputs import Inputs, copied, samples_in
+from asymswap.utils.tensors import StopForward, eval_mode, list_tensors
 
 Env = dict[fx.Node, Any]
 
@@ -69,8 +68,7 @@ def refine_(
     """
     names = refinable(sites, plan)
     swaps = {swap.site: swap for swap in plan.swaps if swap.site in names}
-    by_name = {site.name: site for site in sites}
-    chosen = [by_name[name] for name in swaps]
+    chosen = {site.name: site for site in sites if site.name in swaps}
     found = Refined()
     with eval_mode(model, converted), torch.inference_mode():
         walk = _walk_graph(model, converted, chosen, images, example)
@@ -113,19 +111,14 @@ def _sequential_statistics(one_pass: SiteStatistics, sums: PatchSums, team: Team
     return replace(bare, target_GOD=target_GOD)
 
 
-class _Target(NamedTuple):
-    """The original network at one site for one batch."""
-
-    input: torch.Size
-    at: tuple[Tensor, Tensor]  # some positions
-    outputs_GON: Tensor  # there
+_Target = tuple[torch.Size, tuple[Tensor, Tensor], Tensor]
+"""The original network at one site for one batch: the size of the input, some positions, and the outputs there."""
 
 
 def _stop_at_sites(
-    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images
+    model: nn.Module, converted: nn.Module, sites: Mapping[str, Site], images: Images
 ) -> Iterator[tuple[str, PatchSums | str]]:
     """Yield each site in call order, to be solved before the next one, with its sums or why there are none."""
-    by_name = {site.name: site for site in sites}
 
     def call_order() -> list[str]:
         """Return the convs in the order in which they run on the first batch."""
@@ -133,7 +126,7 @@ def _stop_at_sites(
         with conv_hooks(model, lambda name, _, __: seen.append(name)):
             for _, batch in itertools.islice(images.batches(), 1):
                 model(*copied(batch))
-        return [name for name in dict.fromkeys(seen) if name in by_name]
+        return [name for name in dict.fromkeys(seen) if name in sites]
 
     def targets_of(group: Sequence[Site]) -> dict[str, dict[int, _Target | None]]:
         """Return the targets for each site and batch; None where it runs several times in a forward pass."""
@@ -142,8 +135,8 @@ def _stop_at_sites(
 
         def see(name: str, seen: Tensor, output: Tensor) -> None:
             if name in found:
-                at = images.positions(by_name[name], output, number)
-                target = _Target(seen.shape, at, outputs_at(output, by_name[name].conv.groups, at))
+                at = images.positions(sites[name], output, number)
+                target = seen.shape, at, outputs_at(output, sites[name].conv.groups, at)
                 found[name][number] = None if number in found[name] else target
 
         with conv_hooks(model, see):
@@ -167,16 +160,17 @@ def _stop_at_sites(
                 with suppress(StopForward):
                     converted(*copied(batch))
                 target = targets.get(number)
-                if [one.shape for one in inputs] != ([] if target is None else [target.input]):
+                if [one.shape for one in inputs] != ([] if target is None else [target[0]]):
                     return "it runs on inputs of another size, or another number of times, in the converted network"
                 try:
                     if target is not None:
-                        sums.add(patches_of(sums.conv, inputs[0], target.at), target.outputs_GON)
+                        _, at, outputs_GON = target
+                        sums.add(patches_of(sums.conv, inputs[0], at), outputs_GON)
                 except ValueError:
                     return "its input in the converted network is not finite"
         return None
 
-    order = [by_name[name] for name in images.team.first(call_order)]
+    order = [sites[name] for name in images.team.first(call_order)]
     output_bytes = lambda site: 4.0 * images.count * images.each(site) * site.conv.out_channels  # noqa: E731
     for group in within(images.memory_gib * 2**30, order, output_bytes):
         targets = targets_of(group)
@@ -188,28 +182,20 @@ def _stop_at_sites(
 
 
 def _walk_graph(
-    model: nn.Module, converted: nn.Module, sites: Sequence[Site], images: Images, example: Inputs
+    model: nn.Module, converted: nn.Module, sites: Mapping[str, Site], images: Images, example: Inputs
 ) -> Iterator[tuple[str, PatchSums]] | None:
     """Yield each site that the graph calls, to be solved before the next one, with its sums.
 
     None where the model has no graph that computes, on the first batch, what the model computes.
     """
-    try:
-        # The model's own code runs here, with stand-ins, on meta tensors and node by node: it may raise anything.
-        walk, ghost = _Walk(*whole_graph(model, example), model), to_meta(example)
-        graph, root = whole_graph(model, ghost, on_meta=True)
-        held = []
-        with torch.no_grad(), torch.device("meta"):
-            for node, env in _Walk(graph, root, root).values(ghost):
-                # A pair of one sample holds both networks' values, of the converted one not yet this node's.
-                values = [*env.values(), *(value for key, value in env.items() if key is not node), ghost]
-                held.append(sum(tensor.nbytes for tensor in list_tensors(values)))
-        wrong = not all(walk.computes_the_same(batch) for _, batch in itertools.islice(images.batches(), 1))
-    except Exception:
-        wrong = True
-    if images.team.sum(torch.tensor(int(wrong))):
-        return None
-    return walk.sums(converted, {site.name: site for site in sites}, images, held)
+    held = None
+    # The model's own code runs here, with stand-ins and node by node: it may raise anything.
+    with suppress(Exception):
+        walk = _Walk(*whole_graph(model, example), model)
+        held = [walk.bytes_held(batch) for _, batch in itertools.islice(images.batches(), 1)]
+    checked = [one for one in images.team.gather(held) if one is not None]
+    # The first process has a batch; others may have none.
+    return walk.sums(converted, sites, images, checked[0][0]) if len(checked) == images.team.size else None
 
 
 @dataclass
@@ -227,7 +213,7 @@ class _Walk:
     """The nodes of a graph in an order in which each sum's shortcut is known before its branch ends."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
-        self._root, self._model = root, model
+        self._interpreter, self._model = fx.Interpreter(root, garbage_collect_values=False, graph=graph), model
         # For the last conv of a branch, the sum's other operand and the inverse scale of the batch norms.
         found = ((node, self._find_residual(node)) for node in graph.nodes)
         self.residuals = {node: residual for node, residual in found if residual is not None}
@@ -240,17 +226,24 @@ class _Walk:
             readers = [*node.users, *(conv for conv, (other, _) in self.residuals.items() if other is node)]
             self._last_read[max((place[reader] for reader in readers), default=place[node])].append(node)
 
-    def computes_the_same(self, inputs: Inputs) -> bool:
-        for node, env in self.values(inputs):
-            last = env[node]
+    def bytes_held(self, inputs: Inputs) -> list[float]:
+        """Return the bytes that one sample's pair holds at each node; ValueError where the model computes others."""
+        env, held = Env(), list[float]()
+        for position, node in enumerate(self.order):
+            last = env[node] = self._run(node, self._model, env, inputs)
+            # Both networks' values, of the converted one not yet this node's.
+            values = [*env.values(), *(value for key, value in env.items() if key is not node), inputs]
+            held.append(sum(tensor.nbytes for tensor in list_tensors(values)) / samples_in(inputs))
+            self._forget(env, position)
         ours, theirs = ([one.double() for one in list_tensors(out)] for out in (last, self._model(*copied(inputs))))
-        return [one.shape for one in ours] == [other.shape for other in theirs] and all(
-            (one - other).norm() <= _SAME * other.norm() or not other.isfinite().all()
-            for one, other in zip(ours, theirs, strict=True)
-        )
+        for one, other in zip(ours, theirs, strict=True):
+            close = (one - other).norm() <= _SAME * other.norm() or not other.isfinite().all()
+            if one.shape != other.shape or not close:
+                raise ValueError("the graph computes something else")
+        return held
 
     def sums(
-        self, converted: nn.Module, sites: Mapping[str, Site], images: Images, held: Sequence[int]
+        self, converted: nn.Module, sites: Mapping[str, Site], images: Images, held: Sequence[float]
     ) -> Iterator[tuple[str, PatchSums]]:
         """Yield the sites and their sums; `held` are the bytes that one sample's pair holds at each node."""
         limit = images.memory_gib * 2**30 * images.team.size
@@ -302,14 +295,6 @@ class _Walk:
             pair.original[node] = self._run(node, self._model, pair.original, pair.inputs)
         pair.position = stop
 
-    def values(self, inputs: Inputs) -> Iterator[tuple[fx.Node, Env]]:
-        """Run the whole graph; yield each node with its value and those of others that later nodes still need."""
-        env: Env = {}
-        for position, node in enumerate(self.order):
-            env[node] = self._run(node, self._model, env, inputs)
-            yield node, env
-            self._forget(env, position)
-
     def _forget(self, env: Env, position: int) -> None:
         """Drop the values that no node after that position reads."""
         for gone in self._last_read[position]:
@@ -320,18 +305,15 @@ class _Walk:
 
     def _run(self, node: fx.Node, model: nn.Module, env: Env, inputs: Inputs) -> Any:
         """Return the value of one node, with the modules of `model`; the inputs are the model's arguments."""
-        args: Any = fx.node.map_arg(node.args, env.__getitem__)
-        kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "placeholder":
             # A copy, since a model may change its input in place.
             return placeholder_value(node, bind(self._model, copied(inputs), {}))
-        if node.op == "get_attr":  # of the root, which has the model's own tensors, and constants of tracing
-            return attrgetter(str(node.target))(self._root)
+        args: Any = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         if node.op == "call_module":
             return model.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return args[0] if node.op == "output" else cast(Callable[..., Any], node.target)(*args, **kwargs)
+        # What `get_attr` reads is in the root, which has the model's own tensors, and constants of tracing.
+        return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
     def _find_residual(self, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
         """Follow conv [-> batch norm] -> sum, where nothing else reads a value in between."""

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
 from numbers import Real
@@ -167,10 +167,9 @@ def predict(
     workers: int = 0,
     strict: bool = False,
     team: Team = ALONE,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: Steps = lambda *_: None,
 ) -> Predictions:
-    """Run the model in eval mode on the images or this process's share of them; `context` surrounds each forward pass.
+    """Run the model in eval mode on the images or this process's share of them.
 
     Raises SourceError where no image can be read, or if `strict` one cannot, and for no classifier of these classes.
     """
@@ -191,8 +190,7 @@ def predict(
             numbers, images, labels = readable
             arguments = placed(model, (images,))
             start = time.perf_counter()
-            with context():
-                output = check_scores(model(*arguments), data).float().cpu()
+            output = check_scores(model(*arguments), data).float().cpu()
             seconds += time.perf_counter() - start
             scores = output.shape[1]
             guesses = output.argmax(1)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from asymswap.errors import listed
 from asymswap.utils.inputs import Inputs
-from asymswap.utils.tensors import copy_with, device_of, list_tensors, map_tensors, meta_copy
+from asymswap.utils.tensors import copy_with, device_of, list_tensors, map_tensors
 
 Operation = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 """The name of a function of torch, the shapes of the tensors that it returned, and which of the model's own it read."""
@@ -213,11 +213,8 @@ def _graphs(model: nn.Module, graph_of: Callable[[nn.Module, str], fx.Graph | No
     return found
 
 
-def whole_graph(model: nn.Module, inputs: Inputs, on_meta: bool = False) -> tuple[fx.Graph, nn.Module]:
-    """Return the graph of the whole model and the copy that was traced; raises whatever torch.fx raises.
-
-    The copy has the model's own tensors, or all of them on the meta device.
-    """
+def whole_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, nn.Module]:
+    """Return the graph of the whole model and the copy, with its own tensors, that was traced; raises as torch.fx."""
     every = (*model.parameters(), *model.buffers())
-    root = (meta_copy(model) if on_meta else copy_with(model, every, lambda tensor: tensor)).eval()
+    root = copy_with(model, every, lambda tensor: tensor).eval()
     return trace_graph(root, bind(root, inputs, {})), root

@@ -55,13 +55,11 @@ def find_teacher(header: Header, reference: Model, student: nn.Module, folder: P
         with _offline() if original else nullcontext():
             opened = open_model(named, **options)
     except AsymswapError as error:
-        if original:
-            raise SourceError(f"the original {named} cannot be fetched ({error}); {_GIVE}") from None
-        raise SourceError(f"the teacher {named} cannot be used: {error}") from None
+        what = f"the original {named} cannot be fetched ({error}); {_GIVE}"
+        raise SourceError(what if original else f"the teacher {named} cannot be used: {error}") from None
     swaps = [swap for plan in header.plans for swap in plan.swaps]
     # What was given stays the caller's, and may be the network that is trained.
-    teacher = opened.model if isinstance(reference, str) else deep_copy(opened.model)
-    teacher = teacher.eval().requires_grad_(False)
+    teacher = (opened.model if isinstance(reference, str) else deep_copy(opened.model)).eval().requires_grad_(False)
     return Teacher(teacher, opened.reference, blocks_around(swaps, student, teacher))
 
 
@@ -80,10 +78,7 @@ def blocks_around(swaps: Iterable[Swap], student: nn.Module, teacher: nn.Module)
     for swap in swaps:
         parents = (swap.site.rsplit(".", depth)[0] for depth in range(1, swap.site.count(".") + 1))
         pairs = [*((parent, parent) for parent in parents), (swap.site, swap.absorbs or swap.site)]
-        for own, other in pairs:
-            if own in blocks and other in theirs:
-                found[own] = other
-                break
+        found.update([(own, other) for own, other in pairs if own in blocks and other in theirs][:1])
     return found
 
 

@@ -7,7 +7,7 @@ Caruana, 2014), and always without labels. Outputs of blocks with the same name 
 """
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from asymswap.training.config import Training
 from asymswap.training.distillation import Teacher
 from asymswap.utils.distributed import Team
 from asymswap.utils.inputs import arguments_of, copied, sizes
-from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, map_tensors, meta_copy, seed_, to_meta
+from asymswap.utils.tensors import deep_copy, eval_mode, list_tensors, meta_copy, seed_, to_meta
 
 _COMPARABLE = (
     "; to learn from a teacher both must return the same tensors, such as a detector's heads before boxes are chosen: "
@@ -56,18 +56,16 @@ class Objective:
         if self.labels:
             images, labels = content
             # Of mixed images the labels are fractions of classes (N x classes).
-            mix = self.mix if len(images) > 1 else None
-            images, targets = (images, labels) if mix is None else mix(images, labels)
+            images, targets = self.mix(images, labels) if self.mix and len(images) > 1 else (images, labels)
             arguments: tuple[Any, ...] = (images,)
         else:
             arguments = arguments_of(student, content, self.inputs)
-        arguments = map_tensors(arguments, self._formatted)
         blocks = teacher.blocks if teacher is not None and settings.distill_features else {}
         if teacher is not None:
             with torch.no_grad(), caught(teacher.model, blocks.values()) as taught:
-                target = self._run(teacher.model, copied(arguments))
+                target = _run(teacher.model, copied(arguments))
         with caught(student, blocks) as learned:
-            output = self._run(runner, arguments)
+            output = _run(runner, arguments)
         alone = not self.labels and self.by_user is None
         weight = 0.0 if teacher is None else 1.0 if alone else settings.distill_weight
         loss: Any = 0.0
@@ -83,15 +81,6 @@ class Objective:
                 raise SourceError("no block of the teacher has the same output; leave out `distill_features=…`")
             loss = loss + settings.distill_features * batch.count * apart
         return loss, (all_scores(output)[0].detach().argmax(1) == labels).sum() if self.labels else torch.zeros(())
-
-    def _formatted(self, tensor: Tensor) -> Tensor:
-        four = self.settings.channels_last and tensor.dim() == 4
-        return tensor.contiguous(memory_format=torch.channels_last) if four else tensor
-
-    def _run(self, model: nn.Module, arguments: tuple[Any, ...]) -> Any:
-        if self.labels:
-            return model(*arguments)
-        return call(f"the network, given {sizes(arguments) or 'no tensor'},", model, *arguments)
 
     def _by_labels(self, output: object, labels: Tensor) -> Tensor:
         given: dict[str, Any] = {"label_smoothing": self.settings.label_smoothing, "reduction": "sum"}
@@ -124,21 +113,25 @@ class Objective:
         with closing(source.groups(0, 0)) as groups:
             (batch, *_), _ = next(groups)
         batch = to_device(batch, next(student.parameters()).device)
-        arguments = map_tensors(arguments_of(student, batch.content, self.inputs), self._formatted)
+        arguments = arguments_of(student, batch.content, self.inputs)
         probed, reason = deep_copy(student), ""
         with torch.no_grad():
-            target = self._run(self.teacher.model, copied(arguments))
+            target = _run(self.teacher.model, copied(arguments))
             for training in (True, False):
                 try:
-                    output_error(target, self._run(probed.train(training), copied(arguments)))
+                    output_error(target, _run(probed.train(training), copied(arguments)))
                     if not training:
                         # Boxes that are chosen by their scores are no pairs, even of one number; this fails for them.
-                        self._run(meta_copy(probed), to_meta(arguments))
+                        _run(meta_copy(probed), to_meta(arguments))
                 except SourceError as error:
                     reason = reason or str(error).removesuffix(_COMPARABLE)
                 else:
                     return not training
         raise SourceError(reason + _COMPARABLE)
+
+
+def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    return call(f"the network, given {sizes(arguments) or 'no tensor'},", model, *arguments)
 
 
 def check_gradient(loss: Tensor, what: str) -> Tensor:
@@ -165,14 +158,11 @@ def divergence(target_NC: Tensor, scores_NC: Tensor, temperature: float) -> Tens
     return F.kl_div(given, target, reduction="sum", log_target=True) * temperature**2
 
 
-Context = Callable[[], AbstractContextManager[Any]]
-
-
 @dataclass(frozen=True)
 class Validator:
-    """Scores a model: `measure` gets it and the context of a forward pass."""
+    """Scores a model by `measure`, in the precision that it is called in."""
 
-    measure: Callable[[nn.Module, Context], Scores]
+    measure: Callable[[nn.Module], Scores]
     lower: Collection[str] = ("loss",)  # of these less is better
     order: tuple[str, ...] = ()  # the first decides which epoch is the best, then the next; else all
 
@@ -185,8 +175,8 @@ def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validat
     """Validate a classifier by its loss and top-1."""
     options: dict[str, Any] = {"batch_size": 2 * settings.batch, "workers": settings.workers or 0, "team": team}
 
-    def measure(model: nn.Module, context: Context) -> Scores:
-        found = predict(model, images, strict=settings.strict, context=context, **options)
+    def measure(model: nn.Module) -> Scores:
+        found = predict(model, images, strict=settings.strict, **options)
         sums = torch.tensor([float(found.losses.sum()), found.correct, len(found)], dtype=torch.float64)
         loss, correct, seen = team.sum(sums).tolist()
         return {"loss": loss / max(1.0, seen), "top1": correct / max(1.0, seen)}
@@ -197,27 +187,26 @@ def by_labels(images: LabelledImages, settings: Training, team: Team) -> Validat
 def by_loss(objective: Objective, source: Source, team: Team) -> Validator:
     """Validate by the loss of a source, of which the first process alone reads everything."""
 
-    def measure(model: nn.Module, context: Context) -> Scores:
+    def measure(model: nn.Module) -> Scores:
         device, total, seen = next(model.parameters()).device, 0.0, 0
         with eval_mode(model), torch.no_grad(), closing(source.groups(0, 0)) as groups:
             for group, count in groups:
                 for batch in group:
-                    with context():
-                        total += float(objective.loss(model, model, to_device(batch, device))[0])
+                    total += float(objective.loss(model, model, to_device(batch, device))[0])
                 seen += count
         return {"loss": total / seen}
 
-    return Validator(lambda model, context: team.first(lambda: measure(model, context)))
+    return Validator(lambda model: team.first(lambda: measure(model)))
 
 
 def by_user(evaluate: EvaluatedBy, team: Team, seed: int) -> Validator:
     """Validate by the user's function or `Metric`, which the first process alone calls."""
     metric, lower = Own(evaluate), set[str]()
 
-    def measure(model: nn.Module, context: Context) -> Scores:
+    def measure(model: nn.Module) -> Scores:
         def scores() -> tuple[Score, ...]:
             seed_(seed, "validate")
-            with torch.no_grad(), context():
+            with torch.no_grad():
                 return metric(model, lambda *_: None)
 
         found = team.first(scores)

@@ -51,8 +51,6 @@ class Progress:
     best: Scores | None = None
     best_epoch: int = 0
     last: Scores | None = None
-    stale: int = 0
-    done: bool = False
 
 
 @dataclass
@@ -125,7 +123,8 @@ class Trainer:
                     progress.before = self._validate(self.raw)
                 epochs, note = -(-self.steps // self.source.steps), "; ".join(self.notes)
                 self.callback.begin(RunStart(epochs, self.steps, progress.step, progress.before, note))
-                while not progress.done:
+                patience = self.settings.patience or math.inf
+                while progress.step < self.steps and progress.epoch - progress.best_epoch < patience:
                     self._epoch()
             except (RuntimeError, MemoryError, ValueError) as error:
                 self._explain(error)
@@ -162,7 +161,7 @@ class Trainer:
 
     def _end_epoch(self, trained: int, seconds: float) -> None:
         """Validate, keep the weights if they are the best so far, and save."""
-        progress, patience = self.progress, self.settings.patience
+        progress = self.progress
         self._check_weights()
         # Running statistics differ between processes that do not share them: the first one's are kept.
         self.team.follow_(self._kept_model)
@@ -174,9 +173,7 @@ class Trainer:
         about = {"validation": validation, "best": better and validation is not None, "skipped": progress.skipped}
         self._report(EpochRow, trained / seconds if seconds else 0.0, seconds=seconds, **about)
         progress.skipped_in_all += progress.skipped
-        progress.stale = 0 if better else progress.stale + 1
         progress.epoch += 1
-        progress.done = progress.step >= self.steps or (patience is not None and progress.stale >= patience)
         progress.within, progress.loss, progress.correct, progress.seen, progress.skipped = 0, 0.0, 0.0, 0.0, 0
         if better:
             progress.best, progress.best_epoch = validation, progress.epoch
@@ -253,7 +250,9 @@ class Trainer:
     def _validate(self, model: nn.Module) -> Scores | None:
         if self.validator is None:
             return None
-        found, before = self.validator.measure(model, self.accelerator.autocast), self.progress.before
+        with self.accelerator.autocast():
+            found = self.validator.measure(model)
+        before = self.progress.before
         if not all(math.isfinite(value) for value in found.values()):
             raise self._diverged(f"the validation loss is {found['loss']:g} at step {self.progress.step}")
         if before is not None and before.keys() != found.keys():
@@ -294,8 +293,7 @@ class Trainer:
     def _restore(self) -> None:
         """Continue from the state in the folder, if there is one."""
         folder = self.folder
-        found = None if folder is None else self.team.first(folder.read_state)
-        if folder is None or found is None:
+        if folder is None or (found := self.team.first(folder.read_state)) is None:
             return
         check_same(self.identity, found["identity"], folder.folder)
         for name, part in self._parts.items():

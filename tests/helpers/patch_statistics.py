@@ -8,7 +8,7 @@ import torch
 from conv_cases import Case
 from torch import Tensor
 
-from asymswap.calibration.gather import PatchSums, choose_positions, patches_of
+from asymswap.calibration.gather import PatchSums, patches_of
 from asymswap.factorize.statistics import SiteStatistics
 
 
@@ -25,7 +25,8 @@ def see_all(case: Case, weighted: bool = False) -> Seen:
     conv = case.conv
     with torch.no_grad():
         y = conv(case.x)
-        at = choose_positions(y.shape[-2:], y.shape[-2] * y.shape[-1], torch.Generator().manual_seed(0))
+        flat = torch.arange(y.shape[-2:].numel())
+        at = flat // y.shape[-1], flat % y.shape[-1]
         patches = patches_of(conv, case.x, at).to(torch.float64)
         sums = PatchSums(conv)
         sums.add(patches)

@@ -18,10 +18,3 @@ def test_differences_are_named() -> None:
 
 def test_what_only_changes_the_speed_may_differ() -> None:
     check_same(Training(workers=3, save_every=2).identity(), Training().identity(), "x.run")
-
-
-def test_runs_of_earlier_versions_had_an_option_for_shared_batch_statistics() -> None:
-    """It changed nothing in one process; several without GPUs would go on in another way."""
-    check_same({"processes": 1}, {"processes": 1, "sync_bn": True}, "x.run")
-    with pytest.raises(AsymswapError, match=r"`sync_bn=None` \(was True\)"):
-        check_same({"processes": 2}, {"processes": 2, "sync_bn": True}, "x.run")

@@ -25,7 +25,7 @@ from asymswap.errors import AsymswapError, CheckpointError, OutputError
 from asymswap.results.finetune import EpochRow, RunStart, StepRow
 from asymswap.training import trainer as loop
 from asymswap.training.config import Callback, Training
-from asymswap.training.run_folder import RunFolder
+from asymswap.training.run_folder import RunFolder, _hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,8 +244,7 @@ def test_all_state_matters(start: Start, whole: Start) -> None:
     state = torch.load((start / "broken.run") / "state.pt", weights_only=True)
     for entry in state["optimizer"]["state"].values():
         entry["exp_avg"].zero_()
-    # As an older version wrote it, without a hash of its numbers.
-    del state["sha256"]
+    state["sha256"] = _hash(state)
     torch.save(state, (start / "broken.run") / "state.pt")
     start.train("broken.pt", resume=True)
     assert not same(weights(start / "broken.pt"), weights(whole / "whole.pt"))
