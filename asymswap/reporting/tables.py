@@ -1,7 +1,6 @@
 """Tables and screens for a terminal, Markdown and HTML; `asymswap.types.Shown` finds the functions `to_…` by name."""
 
 import importlib
-import io
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from asymswap.results.records import to_json
 
 WIDE = 110
 """Terminals of at least this many columns show more columns of most tables."""
+_ALL = 1000  # columns, at which all are shown
 
 # Text that may break its lines keeps at least this many characters, prose beside names in one piece more.
 _LEAST, _LEAST_PROSE = 12, 19
@@ -48,8 +48,7 @@ class Column:
         return reduce(lambda one, name: None if one is None else getattr(one, name), self.of.split("."), row)
 
     def text(self, row: Any, none: str = "-", exact: bool = False) -> str | Text:
-        value = self.value(row)
-        if value is None:
+        if (value := self.value(row)) is None:
             return none
         return self.exact(value) if exact and self.exact else self.show(value)
 
@@ -206,9 +205,6 @@ def kept_lines(kept: Iterable[Any]) -> list[str]:
     ]
 
 
-_ALL = 1000  # columns, at which all are shown
-
-
 def view(result: Any, width: int | None) -> Screen:
     """Return a result, or the report of one that holds a model, as a screen of some columns; None shows all of it."""
     shown = result if result._view else result.report
@@ -219,10 +215,11 @@ def view(result: Any, width: int | None) -> Screen:
 
 def to_text(result: Any) -> str:
     """Return what the command line prints, at the terminal's width, or 100 columns where there is none."""
-    width, text = shutil.get_terminal_size((100, 24)).columns, io.StringIO()
-    console = Console(file=text, width=width, color_system=None, emoji=False, force_jupyter=False)
-    console.print(view(result, width), highlight=False, markup=False)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    width = shutil.get_terminal_size((100, 24)).columns
+    console = Console(width=width, color_system=None, emoji=False, force_jupyter=False)
+    with console.capture() as printed:
+        console.print(view(result, width), highlight=False, markup=False)
+    return "\n".join(line.rstrip() for line in printed.get().splitlines())
 
 
 def to_line(result: Any) -> str:
