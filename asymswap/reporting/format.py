@@ -156,10 +156,9 @@ def settings(values: Mapping[str, Any]) -> str:
             return key
         if isinstance(value, str):
             return value.removesuffix("-first")
-        if isinstance(value, list | tuple) and all(isinstance(side, int) for side in value):
-            return f"{key} {extent(value)}"
         if isinstance(value, list | tuple):
-            return " + ".join(map(str, value))
+            sizes = all(isinstance(side, int) for side in value)
+            return f"{key} {extent(value)}" if sizes else " + ".join(map(str, value))
         return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 
     return ", ".join(phrase(key, value) for key, value in values.items())
@@ -189,9 +188,7 @@ def fed_by_model(rows: Iterable[tuple[str, Fed | None]]) -> list[str]:
     for name, row in rows:
         if row is not None:
             models.setdefault(fed(row), []).append(name)
-    if len(models) == 1:
-        return [f"Fed: {text}." for text in models]
-    return [f"Fed to {', '.join(names)}: {text}." for text, names in models.items()]
+    return [f"Fed{'' if len(models) == 1 else ' to ' + ', '.join(names)}: {text}." for text, names in models.items()]
 
 
 def samples(number: int, data: str) -> str:

@@ -34,8 +34,7 @@ def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
     beside_first += [score_column(score, change=True) for score in first.scores]
     lines = []
     if classifiers:
-        wilson = Column("95 %", "classifier.interval", lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}")
-        scores.insert(2, wilson)
+        scores[2:2] = [Column("95 %", "classifier.interval", lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}")]
         scores += [
             Column("loss", "classifier.loss", "{:.4f}".format),
             Column("images/s", "classifier.images_per_second", "{:.0f}".format),
@@ -57,7 +56,7 @@ def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
     lines += map(fmt.sentence, report.notes)
     confused = []
     for number, model in enumerate(report.models, start=1):
-        confusions = () if model.classifier is None else model.classifier.confusions
+        confusions = model.classifier.confusions if model.classifier else ()
         pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in confusions]
         shown = pairs[:5] if width is not None and width < WIDE else pairs
         confused += [f"Most confused{f' by {number}' * several}: {'; '.join(shown)}"] if shown else []
@@ -145,11 +144,9 @@ def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     """Return scores before and after, what was trained on what, and the files."""
     kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
     length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
-    rows: list[tuple[str, ...]] = []
-    if report.before is not None and report.best is not None and report.last is not None:
-        scores = (report.before, report.best, report.last)
-        names = sorted(report.before, key=lambda name: name == "loss")
-        rows = [(_NAMES.get(name, name), *(_score(name, one[name]) for one in scores)) for name in names]
+    scores = [one for one in (report.before, report.best, report.last) if one is not None]
+    names = sorted(report.before or (), key=lambda name: name == "loss")
+    rows = [(_NAMES.get(name, name), *(_score(name, one[name]) for one in scores)) for name in names]
     images = "on validation images" if report.before is None or "top1" in report.before else "validation"
     titles = (images, "before", "kept", "last epoch")
     columns = [Column(title, itemgetter(n), side="right" if n else "left") for n, title in enumerate(titles)]
