@@ -26,9 +26,7 @@ _NAMES = {"top1": "top-1", "top5": "top-5"}  # of scores that are fractions of i
 def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
     """Return the models' scores, how they compare with the first, their classes and their confusions."""
     first, several, classifiers = report.models[0], len(report.models) > 1, report.models[0].classifier is not None
-    models = report.models
-    if several:
-        models = tuple(replace(one, model=f"{number} {one.model}") for number, one in enumerate(models, start=1))
+    models = [replace(one, model=f"{n} " * several + one.model) for n, one in enumerate(report.models, start=1)]
     scores = [Column("Model", "model", side="fold"), *map(score_column, first.scores)]
     beside_first = [Column("Beside the first", "model", side="fold")]
     beside_first += [score_column(score, change=True) for score in first.scores]
@@ -39,17 +37,15 @@ def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
             Column("loss", "classifier.loss", "{:.4f}".format),
             Column("images/s", "classifier.images_per_second", "{:.0f}".format),
         ]
-        beside_first = [
-            *beside_first[:2],  # there is no room for the change of top-5
+        beside_first[2:] = [  # there is no room for the change of top-5
             Column("agree", "classifier.against_first.agreement", partial(fmt.score, unit="%")),
             Column("only 1st right", "classifier.against_first.only_first"),
             Column("only this", "classifier.against_first.only_this"),
             Column("McNemar p", "classifier.against_first.p", lambda p: f"{p:.4f}" if p >= 1e-4 else "< 0.0001"),
         ]
-        equal = "p: how likely models that are equally good would differ so much (McNemar, exact, two-sided)."
         lines = [
             "95 %: Wilson's interval of top-1.",
-            equal if several else "",
+            "p: how likely models that are equally good would differ so much (McNemar, exact, two-sided)." * several,
             f"images/s: forward passes of {report.batch} images on {report.device}, without reading them.",
         ]
     lines += fmt.fed_by_model((model.model, model.fed) for model in report.models)
@@ -121,11 +117,8 @@ def comparison_view(comparison: Comparison, width: int | None) -> Screen:
         of_them = f", {comparison.images:,} of them" if comparison.images else ""
         lines.append(f"{fmt.measured_on(scores, comparison.data)}{of_them}.")
     for row in models[1:]:
-        changes = [
-            f"{one.name} {fmt.score_change(one.value - other.value, one.unit)}"
-            for one, other in zip(row.scores, first.scores, strict=False)
-        ]
-        lines += [f"{row.model} beside the first: {', '.join(changes)}."] if changes else []
+        compared = [f"{one.name} {score_column(one, change=True).text(row)}" for one in first.scores]
+        lines += [f"{row.model} beside the first: {', '.join(compared)}."] if row.scores else []
         if row.against_first is not None:
             lines.append(
                 f"{row.model} alone is right on {row.against_first.only_this} images, {first.model} alone on "
@@ -143,7 +136,6 @@ def comparison_view(comparison: Comparison, width: int | None) -> Screen:
 def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     """Return scores before and after, what was trained on what, and the files."""
     kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
-    length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
     scores = [one for one in (report.before, report.best, report.last) if one is not None]
     names = sorted(report.before or (), key=lambda name: name == "loss")
     rows = [(_NAMES.get(name, name), *(_score(name, one[name]) for one in scores)) for name in names]
@@ -165,6 +157,7 @@ def training_view(report: TrainingReport, width: int | None = None) -> Screen:
         *(f"{file.path}: {fmt.size(file.bytes)}." for file in report.files),
         f"Time: {report.seconds:.1f} s.",
     ]
+    length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
     title = f"{report.model}: trained for {length}; {kept}"
     return Screen(title, report.warnings, [[Table(columns, rows)]], lines, width)
 
