@@ -8,8 +8,7 @@ from asymswap.reporting.tables import WIDE, Column, Screen, Table, written
 from asymswap.results.candidates import Candidates
 from asymswap.types import Candidate, Cost
 
-# Kinds differ in these as well as in their colours.
-_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")  # kinds differ in these as well as in their colours
 
 
 def candidates_view(found: Candidates, width: int | None) -> Screen:
@@ -17,7 +16,6 @@ def candidates_view(found: Candidates, width: int | None) -> Screen:
     rows, total, wide = found.rows, found.total, width is None or width >= WIDE
 
     def outlook(row: Candidate) -> str | Text:
-        """Return what the conv could become, or why nothing."""
         cost = row.site.cost
         if row.becomes is not None:
             return f"{row.kind}: costs {fmt.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
@@ -75,7 +73,6 @@ def draw(found: Candidates, form: str = "svg") -> bytes:
     told = dict.fromkeys(filter(None, kinds))
     series = [(kind, f"candidate: {kind}", f"C{n}", _HATCHES[n % len(_HATCHES)]) for n, kind in enumerate(told)]
     series.append((None, "no candidate", "0.6", ""))
-
     figure = new_figure(min(60.0, max(7.2, 1.5 + 0.16 * len(rows))), 6.4)
     upper, lower = figure.subplots(2, sharex=True)
     for axes, what, title in ((upper, "macs", "MACs"), (lower, "params", "parameters")):

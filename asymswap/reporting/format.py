@@ -25,11 +25,9 @@ _KNOWN_FROM = {
 
 def count(value: float) -> str:
     """Return a count with a unit: `40.6 M`."""
-    for unit, scale in _UNITS:
-        if value >= scale:
-            scaled = value / scale
-            return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
-    return f"{value:.0f}"
+    unit, scale = next((one for one in _UNITS if value >= one[1]), ("", 1.0))
+    digits = ".3g" if unit and value < 100 * scale else ".0f"
+    return f"{value / scale:{digits}} {unit}".rstrip()
 
 
 def size(value: float) -> str:
