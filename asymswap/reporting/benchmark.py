@@ -1,9 +1,8 @@
 """How a benchmark is shown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any
 
 from rich.text import Text
 
@@ -13,8 +12,7 @@ from asymswap.results.benchmark import Benchmark, Gain, LayerRow, Layers, Result
 
 _BUSY = 0.2  # cores that other programs may keep busy without a warning
 _SPREAD = 0.1  # of the rounds, from which on the machine counts as busy, if a single model gives no ratio
-# How to use the faster memory format.
-_HOW = {"channels-last": "model.to(memory_format=torch.channels_last)", "contiguous": "PyTorch's default"}
+_USED_BY = {"channels-last": "model.to(memory_format=torch.channels_last)", "contiguous": "PyTorch's default"}
 
 
 def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> Screen:
@@ -28,11 +26,10 @@ def benchmark_view(benchmark: Benchmark, width: int | None, layers: int = 5) -> 
         tables = [(names[0], [setting], measured)]
     elif width is not None:
         tables = [(title, [model], [one for one in measured if one.setting == n]) for n, title in enumerate(settings)]
-    blocks: list[Sequence[str | Text | Table]] = [
-        [written(title, "bold"), Table([*first, *_figures(benchmark, results)], results)]
-        for title, first, results in tables
-        if results
-    ]
+    blocks: list[Sequence[str | Text | Table]] = []
+    for title, first, results in tables:
+        if results:
+            blocks.append([written(title, "bold"), Table([*first, *_figures(benchmark, results)], results)])
     blocks.append([written(line, "yellow") for line in _warnings(benchmark, names, settings)])
     blocks.append(list(_advice(benchmark)))
     for found in benchmark.layers if layers else ():
@@ -86,36 +83,35 @@ def _advice(benchmark: Benchmark) -> Iterator[str]:
     """Yield in which memory format each model is faster, if the difference is significant."""
     for number, model in enumerate(benchmark.models):
         by_format: dict[str, list[Gain]] = {}
-        for gain in benchmark.gains:
-            if gain.model == number:
-                by_format.setdefault(benchmark.settings[gain.setting].memory_format or "", []).append(gain)
+        for gain in [one for one in benchmark.gains if one.model == number]:
+            by_format.setdefault(benchmark.settings[gain.setting].memory_format or "", []).append(gain)
         for faster, gains in by_format.items():
             times = sorted(gain.times for gain in gains)
             factor = f"{times[0]:.2f}" if len(times) == 1 else f"{times[0]:.2f} to {times[-1]:.2f}"
             settings = (fmt.setting(replace(benchmark.settings[gain.setting], memory_format=None)) for gain in gains)
             where = f" ({'; '.join(settings)})" if len(by_format) > 1 else ""
-            yield f"{model.model}: {faster} is {factor} x as fast here{where}: {_HOW[faster]}."
+            yield f"{model.model}: {faster} is {factor} x as fast here{where}: {_USED_BY[faster]}."
 
 
 def _layers_table(layers: Layers, most: int) -> Table:
-    """Return the layers of the greatest excess, the others, the rest and the sum."""
-    names = ("first", "own", "first_macs", "macs", "excess")
+    """Return the layers of the greatest excess, the others, the rest and the sum; a row is a name and its layers."""
 
-    def summed(name: str, rows: Sequence[LayerRow]) -> dict[str, Any]:
-        return {"name": name, **{one: sum(getattr(row, one) for row in rows) for one in names}}
+    def total(name: str) -> Callable[[tuple[str, Sequence[LayerRow]]], float]:
+        return lambda row: sum(getattr(layer, name) for layer in row[1])
 
+    first, own, first_macs, macs = map(total, ("first", "own", "first_macs", "macs"))
     columns = (
-        Column("Layer", itemgetter("name"), side="fold", code=True),
-        Column("1st ms", itemgetter("first"), lambda seconds: f"{1e3 * seconds:.3f}"),
-        Column("ms", itemgetter("own"), lambda seconds: f"{1e3 * seconds:.3f}"),
-        Column("of 1st", lambda row: fmt.share(row["own"], row["first"])),
-        Column("MACs", lambda row: fmt.share(row["macs"], row["first_macs"])),
-        Column("Above MACs", itemgetter("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
+        Column("Layer", itemgetter(0), side="fold", code=True),
+        Column("1st ms", first, lambda seconds: f"{1e3 * seconds:.3f}"),
+        Column("ms", own, lambda seconds: f"{1e3 * seconds:.3f}"),
+        Column("of 1st", lambda row: fmt.share(own(row), first(row))),
+        Column("MACs", lambda row: fmt.share(macs(row), first_macs(row))),
+        Column("Above MACs", total("excess"), lambda seconds: f"{1e3 * seconds:+.3f}"),
     )
     others = layers.rows[most:]
-    sums = [summed(f"{len(others)} others", others)] if others else []
-    sums += [summed(layers.rest.layer, [layers.rest]), summed("together", (*layers.rows, layers.rest))]
-    return Table(columns, [summed(row.layer, [row]) for row in layers.rows[:most]], sums)
+    sums = [(f"{len(others)} others", others)] if others else []
+    sums += [(layers.rest.layer, (layers.rest,)), ("together", (*layers.rows, layers.rest))]
+    return Table(columns, [(row.layer, (row,)) for row in layers.rows[:most]], sums)
 
 
 def _fine_print(benchmark: Benchmark) -> list[str]:

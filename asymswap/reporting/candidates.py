@@ -8,8 +8,7 @@ from asymswap.reporting.tables import WIDE, Column, Screen, Table, written
 from asymswap.results.candidates import Candidates
 from asymswap.types import Candidate, Cost
 
-# Kinds differ in these as well as in their colours.
-_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo")  # kinds differ in these as well as in their colours
 
 
 def candidates_view(found: Candidates, width: int | None) -> Screen:
@@ -17,7 +16,6 @@ def candidates_view(found: Candidates, width: int | None) -> Screen:
     rows, total, wide = found.rows, found.total, width is None or width >= WIDE
 
     def outlook(row: Candidate) -> str | Text:
-        """Return what the conv could become, or why nothing."""
         cost = row.site.cost
         if row.becomes is not None:
             return f"{row.kind}: costs {fmt.share(row.becomes.macs, cost.macs)}" + " of the MACs" * wide
@@ -71,20 +69,17 @@ def draw(found: Candidates, form: str = "svg") -> bytes:
     """Draw each conv's share of MACs and parameters, coloured by kind, grey if it is no candidate; needs matplotlib."""
     rows, total = found.rows, found.total
     rest = total - sum((row.site.cost for row in rows), start=Cost(0, 0))
-    kinds = list(dict.fromkeys(row.kind for row in rows if row.reason is None))
-    series = [
-        (f"candidate: {kind}", f"C{number}", _HATCHES[number % len(_HATCHES)]) for number, kind in enumerate(kinds)
-    ]
-    series.append(("no candidate", "0.6", ""))
-    numbers = [kinds.index(row.kind) if row.reason is None else len(kinds) for row in rows]
-
+    kinds = [row.kind if row.reason is None else None for row in rows]
+    told = dict.fromkeys(filter(None, kinds))
+    series = [(kind, f"candidate: {kind}", f"C{n}", _HATCHES[n % len(_HATCHES)]) for n, kind in enumerate(told)]
+    series.append((None, "no candidate", "0.6", ""))
     figure = new_figure(min(60.0, max(7.2, 1.5 + 0.16 * len(rows))), 6.4)
     upper, lower = figure.subplots(2, sharex=True)
     for axes, what, title in ((upper, "macs", "MACs"), (lower, "params", "parameters")):
         whole = getattr(total, what) or 1
         named = []
-        for number, (name, colour, hatch) in enumerate(series):
-            places = [place for place, one in enumerate(numbers) if one == number]
+        for kind, name, colour, hatch in series:
+            places = [place for place, one in enumerate(kinds) if one == kind]
             shares = [100 * getattr(rows[place].site.cost, what) / whole for place in places]
             named.append((axes.bar(places, shares, color=colour, hatch=hatch, edgecolor="white", linewidth=0), name))
         axes.set_ylabel(f"share of the {title} in %")

@@ -15,15 +15,12 @@ from asymswap.results.evaluate import Agreement, OutputAgreement
 from asymswap.results.records import Provenance
 from asymswap.types import MACS
 
-# Terminals of at least this many columns show everything that is known of a layer.
-_FULL = 150
-
+_FULL = 150  # terminals of at least this many columns show everything that is known of a layer
 _ERRORS = (
     "Kernel error: Frobenius norm of the kernel's change over the norm of the kernel. Error: the same of the layer's "
     "output on the probe, the layer seeing the original's input."
 )
-MARKS = "●■▲◆▼✚▮"
-"""The signs of the kinds in their order, so that they differ in shape as well as in colour."""
+MARKS = "●■▲◆▼✚▮"  # the signs of the kinds in their order: they differ in shape as well as in colour
 
 
 def check_suffix(path: Path) -> None:
@@ -42,19 +39,16 @@ def headline(report: Report) -> list[Change]:
         Change("parameters", before.params, after.params),
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
-    if (latency := report.latency) is not None:
-        for row in latency.times:
-            share = fmt.time_share(row.ratio)
-            if row.before is not None and row.after is not None and share is not None:
-                # In milliseconds: bars of what is below 1, as scores mostly are, are drawn as parts of it.
-                both, how = (1e3 * row.before.minimum, 1e3 * row.after.minimum), fmt.setting(latency, row.runtime)
-                rows.append(Change(f"time, {fmt.runtime(row.runtime)}", *both, _ms, _ms, share, how))
-    if (accuracy := report.accuracy) is not None:
+    for row in latency.times if (latency := report.latency) else ():
+        if row.before and row.after and (share := fmt.time_share(row.ratio)):
+            # In milliseconds: bars of what is below 1, as scores mostly are, are drawn as parts of it.
+            both, how = (1e3 * row.before.minimum, 1e3 * row.after.minimum), fmt.setting(latency, row.runtime)
+            rows.append(Change(f"time, {fmt.runtime(row.runtime)}", *both, _ms, _ms, share, how))
+    for one in accuracy.scores if (accuracy := report.accuracy) else ():
+        show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
         images = "" if accuracy.images is None else f"{accuracy.images:,} images"
-        for one in accuracy.scores:
-            show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
-            remark = ", ".join(filter(None, (images, "lower is better" * one.lower_is_better)))
-            rows.append(Change(one.name, one.before, one.after, show, show, change, remark))
+        remark = ", ".join(filter(None, (images, "lower is better" * one.lower_is_better)))
+        rows.append(Change(one.name, one.before, one.after, show, show, change, remark))
     return rows
 
 
@@ -100,11 +94,9 @@ def layer_table(report: Report, width: int | None = None) -> Table:
     )
     if width is not None:
         return Table(columns, report.swapped)
-    sums = [
-        SiteRow(name, "", None, 0, "sum", None, "", {}, "", before, after)
-        for name, before, after in (("other layers", report.rest, report.rest), ("total", report.before, report.after))
-    ]
-    return Table(columns, report.sites, sums)
+    rest = SiteRow("other layers", "", None, 0, "sum", before=report.rest, after=report.rest)
+    total = SiteRow("total", "", None, 0, "sum", before=report.before, after=report.after)
+    return Table(columns, report.sites, [rest, total])
 
 
 def report_view(report: Report, width: int | None) -> Screen:

@@ -25,11 +25,9 @@ _KNOWN_FROM = {
 
 def count(value: float) -> str:
     """Return a count with a unit: `40.6 M`."""
-    for unit, scale in _UNITS:
-        if value >= scale:
-            scaled = value / scale
-            return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
-    return f"{value:.0f}"
+    unit, scale = next((one for one in _UNITS if value >= one[1]), ("", 1.0))
+    digits = ".3g" if unit and value < 100 * scale else ".0f"
+    return f"{value / scale:{digits}} {unit}".rstrip()
 
 
 def size(value: float) -> str:
@@ -156,10 +154,9 @@ def settings(values: Mapping[str, Any]) -> str:
             return key
         if isinstance(value, str):
             return value.removesuffix("-first")
-        if isinstance(value, list | tuple) and all(isinstance(side, int) for side in value):
-            return f"{key} {extent(value)}"
         if isinstance(value, list | tuple):
-            return " + ".join(map(str, value))
+            sizes = all(isinstance(side, int) for side in value)
+            return f"{key} {extent(value)}" if sizes else " + ".join(map(str, value))
         return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 
     return ", ".join(phrase(key, value) for key, value in values.items())
@@ -189,9 +186,7 @@ def fed_by_model(rows: Iterable[tuple[str, Fed | None]]) -> list[str]:
     for name, row in rows:
         if row is not None:
             models.setdefault(fed(row), []).append(name)
-    if len(models) == 1:
-        return [f"Fed: {text}." for text in models]
-    return [f"Fed to {', '.join(names)}: {text}." for text, names in models.items()]
+    return [f"Fed{'' if len(models) == 1 else ' to ' + ', '.join(names)}: {text}." for text, names in models.items()]
 
 
 def samples(number: int, data: str) -> str:

@@ -30,8 +30,7 @@ def offsets_view(report: OffsetReport, width: int | None = None) -> Screen:
         lines.append(f"Predicted offsets: on {report.probe}; their mean over all pixels.")
     lines += fmt.fed_by_model([(report.model, report.fed)])
     lines.append(f"Taps: where each has gone, {_DOT} for less than {STILL:g} pixels.")
-    moved = len(report.rows) - len(still)
-    title = f"{report.model}: taps have moved in {moved} of {len(report.rows)} layers that can"
+    title = f"{report.model}: taps have moved in {len(report.rows) - len(still)} of {len(report.rows)} layers that can"
     return Screen(title, report.warnings, [[Table(columns, report.rows)]], lines, width)
 
 

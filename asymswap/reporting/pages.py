@@ -16,16 +16,13 @@ def render(template: str, script: str | None = None, sheet: str = "report.css", 
     import jinja2
     from markupsafe import Markup
 
-    def shown(value: Any) -> Any:
-        return fmt.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("asymswap.reporting", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=shown,
+        finalize=lambda value: fmt.clean(value) if type(value) is str else value,  # not what is Markup already
     )
     folder = resources.files("asymswap.reporting").joinpath("templates")
     # The policy of a page allows no style attributes: lengths of bars are classes.

@@ -1,4 +1,4 @@
-"""Screens of the verbs that write no page of their own: evaluate, finetune, fuse, export, show."""
+"""Screens of the verbs that have no page of their own: evaluate, compare, finetune, fuse, export, show."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from asymswap.reporting import format as fmt
 from asymswap.reporting.convert import agreement_lines, fusion_table, headline
 from asymswap.reporting.tables import WIDE, Change, Column, Screen, Table, changes, facts, kept_lines, score_column
 from asymswap.results.convert import ExportReport, FusionReport
-from asymswap.results.evaluate import ClassRow, EvaluationReport
+from asymswap.results.evaluate import ClassRow, Comparison, EvaluationReport
 from asymswap.results.finetune import EpochRow, StepRow, TrainingReport
 from asymswap.results.records import read_provenance, read_report
 from asymswap.types import Plan
@@ -26,38 +26,33 @@ _NAMES = {"top1": "top-1", "top5": "top-5"}  # of scores that are fractions of i
 def evaluation_view(report: EvaluationReport, width: int | None) -> Screen:
     """Return the models' scores, how they compare with the first, their classes and their confusions."""
     first, several, classifiers = report.models[0], len(report.models) > 1, report.models[0].classifier is not None
-    models = report.models
-    if several:
-        models = tuple(replace(one, model=f"{number} {one.model}") for number, one in enumerate(models, start=1))
+    models = [replace(one, model=f"{n} " * several + one.model) for n, one in enumerate(report.models, start=1)]
     scores = [Column("Model", "model", side="fold"), *map(score_column, first.scores)]
     beside_first = [Column("Beside the first", "model", side="fold")]
     beside_first += [score_column(score, change=True) for score in first.scores]
     lines = []
     if classifiers:
-        wilson = Column("95 %", "classifier.interval", lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}")
-        scores.insert(2, wilson)
+        scores[2:2] = [Column("95 %", "classifier.interval", lambda ends: f"{100 * ends[0]:.2f}-{100 * ends[1]:.2f}")]
         scores += [
             Column("loss", "classifier.loss", "{:.4f}".format),
             Column("images/s", "classifier.images_per_second", "{:.0f}".format),
         ]
-        beside_first = [
-            *beside_first[:2],  # there is no room for the change of top-5
+        beside_first[2:] = [  # there is no room for the change of top-5
             Column("agree", "classifier.against_first.agreement", partial(fmt.score, unit="%")),
             Column("only 1st right", "classifier.against_first.only_first"),
             Column("only this", "classifier.against_first.only_this"),
             Column("McNemar p", "classifier.against_first.p", lambda p: f"{p:.4f}" if p >= 1e-4 else "< 0.0001"),
         ]
-        equal = "p: how likely models that are equally good would differ so much (McNemar, exact, two-sided)."
         lines = [
             "95 %: Wilson's interval of top-1.",
-            equal if several else "",
+            "p: how likely models that are equally good would differ so much (McNemar, exact, two-sided)." * several,
             f"images/s: forward passes of {report.batch} images on {report.device}, without reading them.",
         ]
     lines += fmt.fed_by_model((model.model, model.fed) for model in report.models)
     lines += map(fmt.sentence, report.notes)
     confused = []
     for number, model in enumerate(report.models, start=1):
-        confusions = () if model.classifier is None else model.classifier.confusions
+        confusions = model.classifier.confusions if model.classifier else ()
         pairs = [f"{row.of} as {row.taken_for} ({row.images})" for row in confusions]
         shown = pairs[:5] if width is not None and width < WIDE else pairs
         confused += [f"Most confused{f' by {number}' * several}: {'; '.join(shown)}"] if shown else []
@@ -83,15 +78,67 @@ def _classes(report: EvaluationReport) -> Table:
     return Table(columns, rows)
 
 
+def comparison_view(comparison: Comparison, width: int | None) -> Screen:
+    """Return a row for each model, and the fine print below."""
+    models, first, timing = comparison.models, comparison.models[0], comparison.timing
+    wide = width is None or width >= WIDE
+    scores = list({score.name: score for row in models for score in row.scores}.values())
+    columns = [
+        Column("Model", "model", side="fold", code=True),
+        Column("MACs", "cost.macs", fmt.count),
+        Column("of 1st", lambda row: fmt.share(row.cost.macs, first.cost.macs), least=WIDE),
+        Column("Params", "cost.params", fmt.count),
+        Column("of 1st", lambda row: fmt.share(row.cost.params, first.cost.params), least=WIDE),
+        Column("Weights", "weights_bytes", fmt.size, least=WIDE),
+    ]
+    if any(row.file_bytes is not None for row in models):
+        columns.append(Column("File", "file_bytes", fmt.size))
+    if timing is not None:
+        columns += [
+            Column("ms", "latency.minimum", fmt.milliseconds),
+            Column("Median", "latency.median", fmt.milliseconds, least=WIDE),
+            Column("of 1st", lambda row: fmt.time_share(row.latency_ratio, row is first), least=WIDE),
+        ]
+    columns.append(Column("Output", "gap.relative", fmt.error))
+    if any(row.gap is not None and row.gap.agreement is not None for row in models):
+        columns.append(Column("Agree", "gap.agreement", fmt.percent, least=WIDE))
+    # There is hardly room for top-5; its change is in the fine print.
+    columns += [score_column(score, least=130 if score.name == "top-5" else 0) for score in scores]
+    # Twelve columns of figures leave the names of the models too little with two blanks between them.
+    table = Table(columns, models, gap=1 if wide else 2)
+    lines = [f"Output: relative difference from {first.model}'s, on {comparison.outputs_on}."]
+    if timing is not None:
+        lines.append(
+            f"ms: one forward pass, {fmt.setting(timing)} of {timing.machine}; all models in turn, "
+            f"{timing.rounds} rounds at most, their minimum." + " Of 1st: the median of the rounds' ratios." * wide
+        )
+        lines += fmt.doubts(first.model, ((row.model, row.latency_ratio) for row in models[1:]))
+    if comparison.data is not None:
+        of_them = f", {comparison.images:,} of them" if comparison.images else ""
+        lines.append(f"{fmt.measured_on(scores, comparison.data)}{of_them}.")
+    for row in models[1:]:
+        compared = [f"{one.name} {score_column(one, change=True).text(row)}" for one in first.scores]
+        lines += [f"{row.model} beside the first: {', '.join(compared)}."] if row.scores else []
+        if row.against_first is not None:
+            lines.append(
+                f"{row.model} alone is right on {row.against_first.only_this} images, {first.model} alone on "
+                f"{row.against_first.only_first} (McNemar's exact test: p = {row.against_first.p:.2g})."
+            )
+    if len({row.input for row in models}) > 1:
+        lines.append("Inputs: " + ", ".join(f"{row.model} {row.input}" for row in models) + ".")
+    lines += fmt.fed_by_model((row.model, row.fed) for row in models)
+    lines += [f"{row.model}: {note}." for row in models for note in row.notes]
+    left = " Of 1st: what is left of the first model's." * wide
+    lines.append(f"MACs of one forward pass, batch 1; FLOPs are 2 x MACs.{left}")
+    return Screen("", comparison.warnings, [[table]], lines, width)
+
+
 def training_view(report: TrainingReport, width: int | None = None) -> Screen:
     """Return scores before and after, what was trained on what, and the files."""
     kept = f"those of epoch {report.best_epoch} kept" if report.best is not None else "the last weights kept"
-    length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
-    rows: list[tuple[str, ...]] = []
-    if report.before is not None and report.best is not None and report.last is not None:
-        scores = (report.before, report.best, report.last)
-        names = sorted(report.before, key=lambda name: name == "loss")
-        rows = [(_NAMES.get(name, name), *(_score(name, one[name]) for one in scores)) for name in names]
+    scores = [one for one in (report.before, report.best, report.last) if one is not None]
+    names = sorted(report.before or (), key=lambda name: name == "loss")
+    rows = [(_NAMES.get(name, name), *(_score(name, one[name]) for one in scores)) for name in names]
     images = "on validation images" if report.before is None or "top1" in report.before else "validation"
     titles = (images, "before", "kept", "last epoch")
     columns = [Column(title, itemgetter(n), side="right" if n else "left") for n, title in enumerate(titles)]
@@ -110,6 +157,7 @@ def training_view(report: TrainingReport, width: int | None = None) -> Screen:
         *(f"{file.path}: {fmt.size(file.bytes)}." for file in report.files),
         f"Time: {report.seconds:.1f} s.",
     ]
+    length = f"{fmt.plural(report.epochs, 'epoch')}, {fmt.plural(report.steps, 'step')}"
     title = f"{report.model}: trained for {length}; {kept}"
     return Screen(title, report.warnings, [[Table(columns, rows)]], lines, width)
 

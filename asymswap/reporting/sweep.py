@@ -10,8 +10,7 @@ from asymswap.reporting.pages import add_legend, new_figure, picture_of, render
 from asymswap.reporting.tables import WIDE, Column, Screen, Table
 from asymswap.results.sweep import Point, Tradeoff
 
-_SPAN = {"%": 5.0, "dB": 1.0}
-"""The least that the axis of scores spans, by their unit."""
+_SPAN = {"%": 5.0, "dB": 1.0}  # the least that the axis of scores spans, by their unit
 _MEASURES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 

@@ -1,8 +1,7 @@
 """Tables and screens for a terminal, Markdown and HTML; `asymswap.types.Shown` finds the functions `to_…` by name."""
 
-import importlib
-import io
 import json
+import pkgutil
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +21,8 @@ from asymswap.reporting.pages import render
 from asymswap.results.evaluate import Score
 from asymswap.results.records import to_json
 
-WIDE = 110
-"""Terminals of at least this many columns show more columns of most tables."""
-
+WIDE = 110  # terminals of at least this many columns show more columns of most tables
+_ALL = 1000  # columns, at which all are shown
 # Text that may break its lines keeps at least this many characters, prose beside names in one piece more.
 _LEAST, _LEAST_PROSE = 12, 19
 
@@ -48,8 +46,7 @@ class Column:
         return reduce(lambda one, name: None if one is None else getattr(one, name), self.of.split("."), row)
 
     def text(self, row: Any, none: str = "-", exact: bool = False) -> str | Text:
-        value = self.value(row)
-        if value is None:
+        if (value := self.value(row)) is None:
             return none
         return self.exact(value) if exact and self.exact else self.show(value)
 
@@ -101,8 +98,7 @@ class Table:
         """Return the table as Markdown, every column shown."""
         lines = [[column.title for column in self.columns]]
         lines.append(["---:" if column.side == "right" else "---" for column in self.columns])
-        for row in self.rows:
-            lines.append([fmt.markdown_text(str(one.text(row, exact=True)), one.code) for one in self.columns])
+        lines += [[fmt.markdown_text(str(c.text(row, exact=True)), c.code) for c in self.columns] for row in self.rows]
         for row in self.sums:
             sums = [fmt.markdown_text(str(column.text(row, "", exact=True))) for column in self.columns]
             lines.append([f"**{cell}**" if cell and row is self.sums[-1] else cell for cell in sums])
@@ -138,7 +134,6 @@ class Change:
 
 
 def changes(rows: Sequence[Change]) -> Table:
-    """Return the table of headline figures."""
     columns = (
         Column("", "name", side="left"),
         Column("before", lambda row: row, lambda row: row.show(row.before), exact=lambda row: row.exact(row.before)),
@@ -176,21 +171,16 @@ class Screen:
         last = [written(line, "dim") for line in self.fine_print]
         parts: list[RenderableType] = []
         for block in (first, *self.blocks, last):
-            shown: list[RenderableType] = [
-                item.terminal(self.width) if isinstance(item, Table) else written(item) for item in block if item
-            ]
-            parts += [Text(""), *shown] if parts and shown else shown
+            parts += [Text("")] if parts and any(block) else []
+            parts += [item.terminal(self.width) if isinstance(item, Table) else written(item) for item in block if item]
         return Group(*parts)
 
     def markdown(self) -> str:
         """Return the screen as a document of Markdown, with all columns of its tables."""
         texts = [f"# {fmt.markdown_text(self.title)}"] if self.title else []
         for item in (*(written(fmt.sentence(line), "bold") for line in self.warnings), *self.items):
-            if isinstance(item, Table):
-                texts.append(item.markdown())
-            else:
-                text = fmt.markdown_text(str(item))
-                texts.append(f"**{text}**" if isinstance(item, Text) else text)
+            text = item.markdown() if isinstance(item, Table) else fmt.markdown_text(str(item))
+            texts.append(f"**{text}**" if isinstance(item, Text) else text)
         texts.append("\n".join(f"- {fmt.markdown_text(line)}" for line in self.fine_print if line))
         return "\n\n".join(filter(None, texts)) + "\n"
 
@@ -206,23 +196,20 @@ def kept_lines(kept: Iterable[Any]) -> list[str]:
     ]
 
 
-_ALL = 1000  # columns, at which all are shown
-
-
 def view(result: Any, width: int | None) -> Screen:
     """Return a result, or the report of one that holds a model, as a screen of some columns; None shows all of it."""
     shown = result if result._view else result.report
-    room, _, name = shown._view.partition(".")
-    found: Screen = getattr(importlib.import_module(f"asymswap.reporting.{room}"), name)(shown, width)
+    found: Screen = pkgutil.resolve_name(f"asymswap.reporting.{shown._view}")(shown, width)
     return found
 
 
 def to_text(result: Any) -> str:
     """Return what the command line prints, at the terminal's width, or 100 columns where there is none."""
-    width, text = shutil.get_terminal_size((100, 24)).columns, io.StringIO()
-    console = Console(file=text, width=width, color_system=None, emoji=False, force_jupyter=False)
-    console.print(view(result, width), highlight=False, markup=False)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    width = shutil.get_terminal_size((100, 24)).columns
+    console = Console(width=width, color_system=None, emoji=False, force_jupyter=False)
+    with console.capture() as printed:
+        console.print(view(result, width), highlight=False, markup=False)
+    return "\n".join(line.rstrip() for line in printed.get().splitlines())
 
 
 def to_line(result: Any) -> str:

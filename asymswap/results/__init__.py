@@ -1,1 +1,1 @@
-"""."""
+"""What the verbs return: records of numbers and text; knows neither torch nor rich."""

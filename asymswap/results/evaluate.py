@@ -137,7 +137,7 @@ class TimingRow(Setting):
 
 
 @dataclass(frozen=True)
-class Comparison(Shown, view="compare.comparison_view"):
+class Comparison(Shown, view="screens.comparison_view"):
     """Models compared with the first of them."""
 
     asymswap: str

@@ -10,14 +10,12 @@ from asymswap.errors import CheckpointError
 from asymswap.results.convert import FileRow, FusionRow, ModelRow, Report
 from asymswap.results.finetune import TrainingRecord
 
-SCHEMA = 1
-
 T = TypeVar("T")
 
 
 def to_json(report: Any) -> dict[str, Any]:
     """Return a result as plain data, by its own `to_plain` where it has one, with the number of the schema."""
-    return {"schema": SCHEMA, **(report.to_plain() if hasattr(report, "to_plain") else plain(report))}
+    return {"schema": 1, **(report.to_plain() if hasattr(report, "to_plain") else plain(report))}
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -11,8 +10,7 @@ from asymswap.results.evaluate import Score
 from asymswap.results.records import plain
 from asymswap.types import Cost, Fed, Shown
 
-Measure = Literal["macs", "params", "latency"]
-"""Of which budgets are fractions."""
+Measure = Literal["macs", "params", "latency"]  # of which budgets are fractions
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,9 @@ class Tradeoff(Shown, view="sweep.sweep_view"):
     @property
     def front(self) -> tuple[Point, ...]:
         """The Pareto front, the cheapest point first."""
-        best, front = -math.inf, []
+        front: list[Point] = []
         for point in sorted(self.measured, key=lambda p: (self.share(p), -self.gain(p))):
-            if self.gain(point) > best:
-                best = self.gain(point)
+            if not front or self.gain(point) > self.gain(front[-1]):
                 front.append(point)
         return tuple(front)
 
@@ -142,7 +139,6 @@ def from_json(value: Mapping[str, Any]) -> Tradeoff:
         if not names or measured == (point.failed is not None) or not timed:
             raise ValueError("one of its points is neither measured nor failed")
         counts += [] if point.cost is None else [point.cost.macs, point.cost.params]
-    sound = all(0 <= number < 2**63 for number in counts)
-    if not sound or not isinstance(found.setting.get("recipes", {}), Mapping):
+    if not all(0 <= number < 2**63 for number in counts) or not isinstance(found.setting.get("recipes", {}), Mapping):
         raise ValueError("its recipes or one of its numbers cannot be")
     return found
