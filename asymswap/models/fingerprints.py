@@ -40,7 +40,9 @@ def table() -> Sequence[Fingerprint]:
     """Return the shipped fingerprints."""
     text = resources.files(__package__).joinpath("fingerprints.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
-    return [Fingerprint(name, json.loads(given), *hashes, json.loads(free)) for name, given, *hashes, free in rows]
+    return [
+        Fingerprint(name, json.loads(given), keys, shapes, json.loads(free)) for name, given, keys, shapes, free in rows
+    ]
 
 
 def stored_networks() -> dict[str, int]:

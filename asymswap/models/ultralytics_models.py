@@ -261,7 +261,7 @@ def _settled(model: Any) -> dict[str, Any]:
 def _last_convs(model: Any) -> list[Any]:
     """Return the convs that give the scores of a detector's classes, at each of its scales."""
     heads = [getattr([*model.model][-1], name, None) for name in ("cv3", "one2one_cv3")]
-    return [branch[-1] for head in heads if isinstance(head, nn.ModuleList) for branch in head]
+    return [branch[-1] for head in heads if isinstance(head, nn.ModuleList) for branch in head]  # type: ignore[index]
 
 
 def _answer_(model: Any, classes: int) -> None:
