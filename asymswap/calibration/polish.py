@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from asymswap.calibration.config import Calibration
 from asymswap.errors import AsymswapError
 from asymswap.measure.fidelity import caught, difference, feature_error
-from asymswap.measure.latency import clock
+from asymswap.measure.latency import now
 from asymswap.types import Plan, Progress, silent
 from asymswap.utils.inputs import Inputs, copied, samples_in, samples_of
 from asymswap.utils.tensors import deep_copy, device_of, eval_mode, seeded
@@ -138,12 +138,12 @@ class _Trainer:
     def fit(self, seconds: float) -> float:
         """Take the largest batch of which enough steps fit into the time; return the seconds of one of its steps."""
         self.size, trying = 0, min(_LEAST_SAMPLES, self.data.largest)
-        fitting, now = 0.0, clock(str(device_of(self.student)))
+        fitting, device = 0.0, str(device_of(self.student))
         while trying > self.size:
             for batch in itertools.islice(self.data.draw(trying, seeded(0)), 2):  # the first one takes longer
-                start = now()
+                start = now(device)
                 self.gradient_(batch)
-                took = now() - start
+                took = now(device) - start
             if self.size and _STEPS * took > seconds:
                 break
             self.size, fitting, trying = trying, took, min(2 * trying, self.data.largest)
