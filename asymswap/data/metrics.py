@@ -203,8 +203,9 @@ def predict(
             progress(done + unreadable, len(chosen))
     if not parts and team.size == 1:
         raise SourceError(f"no image can be read of {data.description}; `strict=True` names the first that cannot")
-    columns: Any = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
-    return Predictions(*columns, scores, seconds, unreadable)
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
+    numbers, labels, guesses, ranks, losses = columns
+    return Predictions(numbers, labels, guesses, ranks, losses, scores, seconds, unreadable)
 
 
 def check_classifier(model: nn.Module, data: LabelledImages, exact: bool = False) -> int:

@@ -181,7 +181,7 @@ def _latencies(bench: Bench, timing: Timing, choices: Choices) -> CostModel:
             return round(1e9 * exact[1])
         macs, timed = zip(*sorted(one for key, one in known.items() if key.startswith(f"{option.kind} ")), strict=True)
         # Below the grid it is the nearest, beyond it what grows with the MACs from there.
-        return round(1e9 * float(np.interp(cost, macs, timed)) * max(1.0, cost / max(macs[-1], 1)))
+        return round(1e9 * float(np.interp(cost, macs, timed)) * max(1.0, cost / max(int(macs[-1]), 1)))
 
     return CostModel(round(1e9 * rest) + sum(map(keep, choices.matched)), keep, swapped)
 

@@ -71,8 +71,8 @@ def draw(found: Candidates, form: str = "svg") -> bytes:
     rest = total - sum((row.site.cost for row in rows), start=Cost(0, 0))
     kinds = [row.kind if row.reason is None else None for row in rows]
     told = dict.fromkeys(filter(None, kinds))
-    series = [(kind, f"candidate: {kind}", f"C{n}", _HATCHES[n % len(_HATCHES)]) for n, kind in enumerate(told)]
-    series.append((None, "no candidate", "0.6", ""))
+    coloured = [(kind, f"candidate: {kind}", f"C{n}", _HATCHES[n % len(_HATCHES)]) for n, kind in enumerate(told)]
+    series = [*coloured, (None, "no candidate", "0.6", "")]
     figure = new_figure(min(60.0, max(7.2, 1.5 + 0.16 * len(rows))), 6.4)
     upper, lower = figure.subplots(2, sharex=True)
     for axes, what, title in ((upper, "macs", "MACs"), (lower, "params", "parameters")):

@@ -39,14 +39,15 @@ def headline(report: Report) -> list[Change]:
         Change("parameters", before.params, after.params),
         Change("weights", *report.weights_bytes, fmt.size, "{:,} B".format),
     ]
-    for row in latency.times if (latency := report.latency) else ():
-        if row.before and row.after and (share := fmt.time_share(row.ratio)):
+    latency, accuracy = report.latency, report.accuracy
+    for row in latency.times if latency else ():
+        if latency and row.before and row.after and (share := fmt.time_share(row.ratio)):
             # In milliseconds: bars of what is below 1, as scores mostly are, are drawn as parts of it.
             both, how = (1e3 * row.before.minimum, 1e3 * row.after.minimum), fmt.setting(latency, row.runtime)
             rows.append(Change(f"time, {fmt.runtime(row.runtime)}", *both, _ms, _ms, share, how))
-    for one in accuracy.scores if (accuracy := report.accuracy) else ():
+    images = f"{accuracy.images:,} images" if accuracy and accuracy.images is not None else ""
+    for one in accuracy.scores if accuracy else ():
         show, change = partial(fmt.score, unit=one.unit), fmt.score_change(one.after - one.before, one.unit)
-        images = "" if accuracy.images is None else f"{accuracy.images:,} images"
         remark = ", ".join(filter(None, (images, "lower is better" * one.lower_is_better)))
         rows.append(Change(one.name, one.before, one.after, show, show, change, remark))
     return rows
