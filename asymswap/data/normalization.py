@@ -77,7 +77,7 @@ def settle(opened: OpenedModel, reference: str, part: Part, download: bool = Fal
         known, decided = _decide(known, answer, label, reference if pairs else None)
     else:
         decided = _objections(known, answer, label)
-    fed = replace(pre.fed(known, answer.distances), own_size=pairs)
+    fed = replace(pre.fed(known), distances=answer.distances, own_size=pairs)
     return replace(opened, preprocessing=known, fed=fed, fed_warnings=(*decided, *warnings))
 
 

@@ -1,7 +1,7 @@
 """How the user wants images prepared: the size of the input, how images are resized, and how they are normalised."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from asymswap.errors import AsymswapError, check_choice
@@ -60,8 +60,8 @@ def name_of(preprocessing: Preprocessing) -> str | None:
     return None
 
 
-def fed(preprocessing: Preprocessing, distances: Mapping[str, float] | None = None) -> Fed:
-    """Describe for a report what the network gets; `distances` are the evidence of the batch norms."""
+def fed(preprocessing: Preprocessing) -> Fed:
+    """Describe for a report what the network gets, but for what the batch norms say of it."""
     bounds = [(pixel - m) / s for pixel in (0, 1) for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
     same = ("size_from", "resize", "interpolation", "mean", "std", "bgr", "normalization_from")
     return Fed(
@@ -69,7 +69,6 @@ def fed(preprocessing: Preprocessing, distances: Mapping[str, float] | None = No
         low=min(bounds),
         high=max(bounds),
         normalization=name_of(preprocessing),
-        distances=distances or {},
         **{name: getattr(preprocessing, name) for name in same},
     )
 
@@ -102,11 +101,8 @@ class PreprocessingOptions:
             for name in ("mean", "std", "bgr"):
                 if getattr(self, name) is not None:
                     raise AsymswapError(f'`normalize="{self.normalize}"` says the {name} already: leave out `{name}=…`')
-        elif (self.mean is None) != (self.std is None):
-            given, missing = ("mean", "std") if self.std is None else ("std", "mean")
-            raise AsymswapError(f"`{given}=…` goes with `{missing}=…`: give both, or `normalize=…` with a usual name")
-        elif self.mean is None and self.bgr is not None:
-            raise AsymswapError("`bgr=…` goes with `mean=…` and `std=…`: give those too, in the order blue, green, red")
+        elif (self.mean is None) != (self.std is None) or (self.mean is None and self.bgr is not None):
+            raise AsymswapError("`mean=…` and `std=…` go together, `bgr=…` with both; `normalize=…` names all three")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and not (len(values) and all(map(math.isfinite, values))):
@@ -115,8 +111,6 @@ class PreprocessingOptions:
             raise AsymswapError(f"`std={min(self.std):g}` must be above 0")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise AsymswapError(f"`size={_by(self.size)}` is not height x width, such as 224x224")
-        if self.resize is not None and self.resize < 1:
-            raise AsymswapError(f"`resize={self.resize}` is no length in pixels, such as 256")
 
     def apply(self, known: Preprocessing) -> Preprocessing:
         """Return the known preprocessing with these settings; raise AsymswapError where they do not suit it."""
