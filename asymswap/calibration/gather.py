@@ -138,8 +138,8 @@ class PatchSums:
             self._energy_G = team.sum(self._energy_G + own * step_GO.square().sum(1))
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Return mean (G, D) and covariance (G, D, D) of the patches."""
-        cov_GDD = (self._gram_GDD / self.patches).tril_()
+        """Return mean (G, D) and covariance (G, D, D) of the patches, and give up their sums."""
+        cov_GDD, self._gram_GDD = self._gram_GDD.div_(self.patches).tril_(), torch.empty(0)
         # Mirrored by blocks: with thousands of channels a whole copy takes gigabytes.
         for start in range(0, cov_GDD.shape[1], _BLOCK):
             columns_GDB = cov_GDD[:, start:, start : start + _BLOCK]
@@ -242,7 +242,9 @@ def _pass(
     """Return the statistics of the sites that run, and whether the prediction has a gradient at all of them."""
     by_name = {site.name: site for site in sites}
     sums = {name: PatchSums(cast(nn.Conv2d, model.get_submodule(name))) for name in by_name}
-    weights: dict[str, Tensor] = {}  # of the sites that got a gradient
+    shapes = {site.name: (site.conv.groups, site.conv.group_out, site.conv.group_out) for site in sites}
+    weights = {name: one.conv.weight.new_zeros(shapes[name], dtype=torch.float64) for name, one in sums.items()}
+    gradients = Counter[str]()
     number, done, runs = 0, 0, Counter[str]()  # of the current batch, and how often each conv has run on it
 
     def see(name: str, seen: Tensor, output: Tensor) -> None:
@@ -260,7 +262,8 @@ def _pass(
         def back(gradient: Tensor) -> None:
             g = _at_least_float32(gradient).unflatten(1, (by_name[name].conv.groups, -1))
             g = g.permute(1, 0, 3, 4, 2).flatten(1, 3)
-            weights[name] = weights.get(name, 0.0) + (g.mT @ g).to(torch.float64)
+            weights[name] += (g.mT @ g).to(torch.float64)
+            gradients[name] += 1
 
         if output.requires_grad:
             output.register_hook(back)
@@ -290,11 +293,10 @@ def _pass(
         target_GO = torch.einsum("god,gd->go", kernel_GOD, mean_GD)
         if conv.bias is not None:
             target_GO = target_GO + conv.bias.detach().to(torch.float64).unflatten(0, (conv.groups, -1))
-        nothing_GOO = kernel_GOD.new_zeros((*target_GO.shape, target_GO.shape[1]))
-        weight_GOO = images.team.sum(weights.get(name, nothing_GOO)) / images.count
+        weight_GOO = images.team.sum(weights[name]) / images.count
         weight = weight_GOO if torch.isfinite(weight_GOO).all() and weight_GOO.any() else None
         found[name] = SiteStatistics(mean_GD, cov_GDD, kernel_GOD, target_GO, weight, own.patches)
-        with_gradient = with_gradient and bool(images.team.sum(torch.tensor(int(name in weights))))
+        with_gradient = with_gradient and bool(images.team.sum(torch.tensor(gradients[name])))
     return found, with_gradient
 
 

@@ -127,7 +127,10 @@ class Training:
 
 def check_same(given: Mapping[str, Any], stored: Mapping[str, Any], folder: object) -> None:
     """Raise AsymswapError, naming each difference, for a run that is resumed with other settings."""
-    differing = [name for name in {**stored, **given} if given.get(name) != stored.get(name)]
+    # Earlier versions had these options; for one process `sync_bn` made no difference.
+    dropped = {"cpu"} | ({"sync_bn"} if stored.get("processes") == 1 else set())
+    names = [name for name in {**stored, **given} if name not in dropped]
+    differing = [name for name in names if given.get(name) != stored.get(name)]
     if differing:
         listed = ", ".join(f"`{name}={given.get(name)}` (was {stored.get(name)})" for name in differing)
         what = f"{folder} was begun with other settings: {listed}"

@@ -25,7 +25,7 @@ from asymswap.utils.files import real_cause, whole_file, write_file
 from asymswap.utils.tensors import list_tensors, tensors_hash
 
 STATE_FORMAT = 1
-_STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}  # what is kept besides format and hash
+_STATE = {"identity", "progress", "model", "average", "optimizer", "scaler"}  # what is kept besides the format
 _AGAIN = "start again with `force=True`"
 
 
@@ -102,7 +102,8 @@ class RunFolder:
             raise CheckpointError(f"the run's state {self.state} is damaged ({error}); {_AGAIN}") from None
         if not isinstance(found, dict) or found.get("asymswap_training") != STATE_FORMAT or not found.keys() >= _STATE:
             raise CheckpointError(f"{self.state} is not the state of a run of this version; {_AGAIN}")
-        if found.get("sha256") != _hash(found):
+        # Runs of earlier versions have no hash.
+        if "sha256" in found and found["sha256"] != _hash(found):
             raise CheckpointError(f"the run's state {self.state} is damaged (its numbers changed); {_AGAIN}")
         return found
 

@@ -304,8 +304,9 @@ def test_what_no_kernel_explains_is_told_from_what_one_does() -> None:
     for target, share in ((related, 0.0), (unrelated, 1.0), (half, 0.5)):
         sums = PatchSums(layer, targets=True)
         sums.add(x, target)
-        best = torch.linalg.solve(sums.moments()[1], sums.targets()[1].mT).mT
-        assert sums.unexplained(best, sums.moments()[1]) == pytest.approx(share, abs=0.03)
+        _, covariance = sums.moments()
+        best = torch.linalg.solve(covariance, sums.targets()[1].mT).mT
+        assert sums.unexplained(best, covariance) == pytest.approx(share, abs=0.03)
 
 
 def dead() -> nn.Module:
