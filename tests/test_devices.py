@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import asymswap
 from asymswap import replacements
-from asymswap.errors import AsymswapError
+from asymswap.api.session import Session
+from asymswap.errors import AsymswapError, RecipeError
 from asymswap.measure.timing import Timing
 from asymswap.utils.tensors import device_of, find_device
 from tests.helpers.other_device import PretendedCuda, pretended_cuda
@@ -144,6 +145,24 @@ def test_ranks_suit_tensor_cores():
     assert Timing(device="cuda:0", precision="fp16").multiple == 8
     assert Timing(device="cuda:0").multiple is None
     assert Timing(precision="bf16").multiple is None
+
+
+def test_a_sweep_rounds_ranks_as_a_conversion_does(monkeypatch):
+    asked = []
+
+    def refused(_, requested, *args, **kwargs):
+        asked.append([way.settings.multiple for rule in requested.rules for way in rule.ways])
+        raise RecipeError("seen")
+
+    monkeypatch.setattr(Timing, "multiple", 4)
+    monkeypatch.setattr(Session, "plan", refused)
+    with pytest.raises(RecipeError, match="seen"):
+        asymswap.convert("digits-resnet", "half-macs", latency=0.9)
+    swept = asymswap.sweep("digits-resnet", ["half-macs"], data="digits", budgets=[0.9], measure="latency")
+    assert swept.points[0].failed == "seen"
+    assert asked[0]
+    assert set(asked[0]) == {4}
+    assert asked == [asked[0]] * 2
 
 
 @pytest.mark.parametrize("name", ["cuda:3", "gpu", "meta", "cpu:1x"])

@@ -78,6 +78,9 @@ def sweep(
     opened = settle_for(opened, calibration, data).on_device(choose=data is None or isinstance(data, str))
     if timing is not None and opened.device is not None:
         timing = replace(timing, device=str(opened.device))
+    if timing is not None and timing.multiple:
+        settled = {f"budget.{measure}": budgets[0], "multiple": timing.multiple}
+        parsed = {name: parse_recipe(*text, settled) for name, text in read.items()}
     # Before the model runs: a mistake in the data is not to be hidden by one in its input.
     evaluator = None if data is None else evaluator_of(data, opened, crop_border)
     if evaluator is None and (calibration is None or calibration.data is None):
