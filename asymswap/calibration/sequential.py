@@ -4,16 +4,16 @@ At each swapped site the patches come from the network as converted so far, and 
 (Zhang, Zou, He and Sun, 2015, section 3.3, in closed form; see factorize.statistics).
 
 Where the graph of the whole model is what runs, both networks walk through it side by side, with the activations that
-later nodes still need. Where those of all images fit into the memory limit, one pass over the images is enough for all
-layers; else they walk again from the last site at which they fitted, or from the start. The last conv of a residual
-branch also corrects the error accumulated on the shortcut: its output is to make the *sum* right.
+later nodes still need. A layer is solved on as many images as have theirs within the memory limit, so that each walks
+once; fewer give more positions each. Only where these are very few do others walk again from the start. The last conv
+of a residual branch also corrects the error accumulated on the shortcut: its output is to make the *sum* right.
 
 Elsewhere real forward passes are stopped at the current layer: the original runs once for many sites, keeping the
 sampled positions of each output alone; the converted network runs for every site, up to it.
 """
 
-import copy
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,6 +36,7 @@ Env = dict[fx.Node, Any]
 
 _DAMPING = 0.05  # batch norm scales below this fraction of the channels' average are not undone in full
 _SAME = 1e-3  # relative difference of outputs up to which a graph computes what the model does
+_LEAST = 128  # samples for each layer, though their activations do not fit into memory
 # Above this fraction of a target output's energy that no kernel explains, patches and targets do not belong together:
 # a detector's second stage looks at other boxes in the converted network than in the original.
 _UNEXPLAINED = 0.8
@@ -246,29 +247,24 @@ class _Walk:
         self, converted: nn.Module, sites: Mapping[str, Site], images: Images, held: Sequence[float]
     ) -> Iterator[tuple[str, PatchSums]]:
         """Yield the sites and their sums; `held` are the bytes that one sample's pair holds at each node."""
-        limit = images.memory_gib * 2**30 * images.team.size
-        kept: list[_Pair] | None = None  # the pairs of all batches at the last site where they fitted
+        limit, live = images.memory_gib * 2**30 * images.team.size, list[_Pair]()
 
-        def pairs(last: bool) -> Iterator[_Pair]:
-            """Yield the pairs of all batches, where they were kept or at the start; copies until the last time."""
-            if kept is None:
-                yield from (_Pair(number, batch) for number, batch in images.batches())
-            elif last:
-                while kept:
-                    yield kept.pop(0)
-            else:
-                # What walks on may change its values in place.
-                for pair in kept:
-                    yield copy.deepcopy(pair, {id(node): node for node in (*pair.original, *pair.converted)})
+        def pairs() -> Iterator[_Pair]:
+            """Yield the pairs of all batches, where they were kept or at the start."""
+            known = {pair.number for pair in live}
+            while live:
+                yield live.pop(0)
+            yield from (_Pair(number, batch) for number, batch in images.batches() if number not in known)
 
         for stop, node in enumerate(self.order):
             name, conv = str(node.target), self._module(node)
             if name not in sites or not isinstance(conv, nn.Conv2d):
                 continue
             source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
-            keep = images.count * held[stop] <= limit
-            sums, here = PatchSums(conv, targets=True), list[_Pair]()
-            for pair in pairs(last=keep):
+            fitting = limit / max(held[stop], 1.0)
+            used = replace(images, count=min(images.count, max(math.ceil(fitting), _LEAST)))
+            sums, kept, samples = PatchSums(conv, targets=True), list[_Pair](), 0
+            for pair in pairs():
                 self._advance(pair, stop, converted)
                 target = pair.original[node]
                 if node in self.residuals:
@@ -276,10 +272,13 @@ class _Walk:
                     right, wrong = pair.original[other], pair.converted[other]
                     if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
                         target = target + (right - wrong) * inverse_scale[None, :, None, None].to(target)
-                at = images.positions(sites[name], target, pair.number)
+                at = used.positions(sites[name], target, pair.number)
                 sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
-                here += [pair] * keep
-            kept = here if keep else kept
+                samples += samples_in(pair.inputs) * images.team.size
+                kept += [pair] * (samples <= fitting)
+                if samples >= used.count:
+                    break
+            live = kept
             yield name, sums
 
     def _advance(self, pair: _Pair, stop: int, converted: nn.Module) -> None:
