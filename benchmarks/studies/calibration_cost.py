@@ -225,8 +225,8 @@ pixels with detail at three scales, in PPM files, which cost almost nothing to r
 - load, trace: building the network, and reading its graph.
 - calibrate: forward and backward passes of the images, covariances summed.
 - plan: ranks from the curves of all convs.
-- convert: solving the pairs; layer by layer both networks run along, and if the activations of all images do not fit
-  into the memory limit, the images run again.
+- convert: solving the pairs; layer by layer both networks run along, for each layer on as many images as have their
+  activations within the memory limit.
 - measure: the report's figures, on 32 images.
 - whole process: including importing torch; processor: the seconds of all cores, which a busy machine disturbs least.
 - others: cores that other programs kept busy.
@@ -234,9 +234,9 @@ pixels with detail at three scales, in PPM files, which cost almost nothing to r
 Images are decoded once if they fit into 1 GiB (1,783 of this size), otherwise for every pass.""".splitlines()
 
 OF_THE_FIT = """\
-Least squares; the worst miss is the largest distance from the line, relative to the seconds measured there. Two things
-are not linear: with few images more positions of each are used, so that there are enough patches for the covariances;
-and with many the activations of more layers exceed the memory limit.""".splitlines()
+Least squares; the worst miss is the largest distance from the line, relative to the seconds measured there. One thing
+is not linear: with few images more positions of each are used, so that there are enough patches for the
+covariances.""".splitlines()
 
 
 def markdown(data: dict[str, Any]) -> str:
