@@ -72,10 +72,13 @@ class Problem:
         """Rows v_GRM of a first conv that are these columns once they are whitened by `tap_factor`."""
         return cast(Tensor, torch.linalg.solve_triangular(self.tap_factor.mT, white_GMR, upper=True)).mT
 
+    def weighted(self, kernel_GOKM: Tensor) -> Tensor:
+        """C' times a kernel as one matrix (G, O*K, M), with C C' the weight of the outputs' errors."""
+        return torch.einsum("gpo,gpkm->gokm", _cholesky(self.p_GOO), kernel_GOKM).flatten(1, 2)
+
     def whitened(self) -> Tensor:
-        """L' (sum_k W_k' P W_k) L with L L' the covariance of one tap: its eigenvalues are the energies."""
-        gram = torch.einsum("gokm,gop,gpkn->gmn", self.w_GOKM, self.p_GOO, self.w_GOKM)
-        return self.tap_factor.mT @ gram @ self.tap_factor
+        """The weighted kernel times L, with L L' the covariance of a tap; its singular values squared are energies."""
+        return self.weighted(self.w_GOKM) @ self.tap_factor
 
     @cached_property
     def output_energy(self) -> Tensor:
@@ -97,11 +100,11 @@ def arrange(statistics: SiteStatistics, kernel: tuple[int, int], vertical_first:
 
 
 def energies(problem: Problem) -> Tensor:
-    """Return the error energy_GM that each eigenvector of the whitened kernel takes away, the most useful first.
+    """Return the error energy_GK that each direction of the whitened kernel takes away, the most useful first.
 
     The sum of what is left out is a close upper bound of a rank's error, exact if S is alike for all taps and white.
     """
-    return svd.eigenvalues(problem.whitened())
+    return svd.eigenvalues(svd.gram(problem.whitened()))
 
 
 class Point(NamedTuple):
@@ -144,27 +147,26 @@ def factors(problem: Problem, rank: int) -> tuple[Tensor, Tensor]:
 def starts(problem: Problem, rank: int) -> Iterator[Point]:
     """Yield pairs to begin with, the best first as a rule.
 
-    By the leading eigenvectors of the whitened kernel, by its truncated SVD, by the eigenvectors of the output; then by
-    random first convs, always the same, as many as are cheap to descend from; none at full rank, where each is exact.
+    By the leading directions of the whitened kernel, of the kernel itself, of the output; then by random first convs,
+    always the same, as many as are cheap to descend from; none at full rank, where each is exact.
     """
-    with on_threads(1):
-        leading = torch.linalg.eigh(problem.whitened()).eigenvectors.flip(-1)[:, :, :rank]
-    yield project(problem, _orthonormal(problem, problem.rows_of(leading)))
-    a_GMR, _ = svd.factors(problem.w_GOKM.permute(0, 3, 1, 2).flatten(2), rank)
-    padded_GRM = F.pad(a_GMR, (0, rank - a_GMR.shape[2])).mT  # rows of zero above its rank
-    yield project(problem, _orthonormal(problem, padded_GRM))
-    moved, factor = problem.moved_kernel, problem.tap_factor
-    gram_GMM = torch.einsum("gokm,gop,gpkn->gmn", moved, problem.p_GOO, moved)
-    half_GMM = torch.linalg.solve_triangular(factor, gram_GMM, upper=False)
-    white_GMM = torch.linalg.solve_triangular(factor, half_GMM.mT, upper=False)
-    vectors = torch.linalg.eigh(white_GMM).eigenvectors.flip(-1)[:, :, :rank]
-    yield project(problem, problem.rows_of(vectors))
+
+    def leading(m_GAM: Tensor) -> Tensor:
+        """Return right singular vectors, with zeros above the matrix's rank."""
+        _, b_GRM = svd.factors(m_GAM, rank)
+        return F.pad(b_GRM, (0, 0, 0, rank - b_GRM.shape[1])).mT
+
+    factor = problem.tap_factor
+    yield project(problem, _uncorrelated(problem, leading(problem.whitened())))
+    yield project(problem, _uncorrelated(problem, factor.mT @ leading(problem.w_GOKM.flatten(1, 2))))
+    moved_GAM = torch.linalg.solve_triangular(factor, problem.weighted(problem.moved_kernel).mT, upper=False).mT
+    yield project(problem, _uncorrelated(problem, leading(moved_GAM)))
     random = torch.Generator().manual_seed(0)
     groups, outputs, taps, rows = problem.w_GOKM.shape
     cheap = min(_RANDOM, _RANDOM_SIZE // (groups * (taps * rows) ** 2))
     for _ in range(cheap if rank < min(rows, outputs * taps) else 0):
         drawn_GMR = torch.randn(groups, rows, rank, generator=random, dtype=torch.float64)
-        yield project(problem, _orthonormal(problem, problem.rows_of(drawn_GMR.to(problem.w_GOKM))))
+        yield project(problem, _uncorrelated(problem, drawn_GMR.to(problem.w_GOKM)))
 
 
 def descend(problem: Problem, here: Point, iterations: int = _ITERATIONS) -> Point:
@@ -254,6 +256,6 @@ def _cholesky(a_GMM: Tensor, shift: float = 1e-10) -> Tensor:
     return factor if shift > 1 or not bool(failed.any()) else _cholesky(a_GMM, 100 * shift)
 
 
-def _orthonormal(problem: Problem, v_GRM: Tensor) -> Tensor:
+def _uncorrelated(problem: Problem, white_GMR: Tensor) -> Tensor:
     """The same span by rows whose outputs are uncorrelated: rows alike would make the least squares ill-conditioned."""
-    return problem.rows_of(torch.linalg.qr(problem.tap_factor.mT @ v_GRM.mT).Q)
+    return problem.rows_of(torch.linalg.qr(white_GMR).Q)
