@@ -44,9 +44,9 @@ _UNEXPLAINED = 0.8
 
 @dataclass
 class Refined:
-    """The statistics that each replacement was solved with, and why some were solved in one pass."""
+    """The sites that were solved, and why some were in one pass."""
 
-    used: dict[str, SiteStatistics] = field(default_factory=dict)
+    solved: set[str] = field(default_factory=set)
     one_pass: dict[str, str] = field(default_factory=dict)
     by_graph: bool = True
 
@@ -71,21 +71,25 @@ def refine_(
     swaps = {swap.site: swap for swap in plan.swaps if swap.site in names}
     chosen = {site.name: site for site in sites if site.name in swaps}
     found = Refined()
+
+    def solve_(name: str, sums: PatchSums | str) -> None:
+        used = sums if isinstance(sums, str) else _sequential_statistics(statistics[name], sums, images.team)
+        if isinstance(used, str):
+            found.one_pass[name], used = used, statistics[name]
+        found.solved.add(name)
+        module, conv = converted.get_submodule(name), cast(nn.Conv2d, model.get_submodule(name))
+        kind, settings = replacements.load_swap(swaps[name])
+        kind.init_(module, replacements.Original(conv, used), settings)
+        images.team.follow_(module)
+
     with eval_mode(model, converted), torch.inference_mode():
         walk = _walk_graph(model, converted, chosen, images, example)
         found.by_graph = walk is not None
-        missed = ((name, "it did not run") for name in swaps if name not in found.used)
+        missed = ((name, "it did not run") for name in swaps if name not in found.solved)
         for name, sums in itertools.chain(walk or _stop_at_sites(model, converted, chosen, images), missed):
-            assert name not in found.used, "every replacement is solved by exactly one way"
-            used = sums if isinstance(sums, str) else _sequential_statistics(statistics[name], sums, images.team)
-            if isinstance(used, str):
-                found.one_pass[name], used = used, statistics[name]
-            found.used[name] = used
-            module, conv = converted.get_submodule(name), cast(nn.Conv2d, model.get_submodule(name))
-            kind, settings = replacements.load_swap(swaps[name])
-            kind.init_(module, replacements.Original(conv, used), settings)
-            images.team.follow_(module)
-            progress("solving layer by layer", len(found.used), len(swaps))
+            assert name not in found.solved, "every replacement is solved by exactly one way"
+            solve_(name, sums)  # on covariances of its own, which end with it: they may take gigabytes
+            progress("solving layer by layer", len(found.solved), len(swaps))
     return found
 
 

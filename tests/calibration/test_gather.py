@@ -214,7 +214,7 @@ def test_calibration_beats_the_weights_and_layer_by_layer_beats_one_pass(net: nn
     one_pass = apply_plan(net, plan, statistics=statistics)
     refined = apply_plan(net, plan, statistics=statistics)
     used = refine_(net, refined, sites, plan, statistics, Images(in_batches(images, 32), len(images)), (images[:1],))
-    assert used.used.keys() == {swap.site for swap in plan.swaps}
+    assert used.solved == {swap.site for swap in plan.swaps}
     assert used.by_graph
     errors = [output_error(net, model, fresh) for model in (refined, one_pass, blind)]
     assert errors == sorted(errors)

@@ -141,9 +141,9 @@ def test_every_way_solves_what_runs_and_nothing_else(form: type[Base]) -> None:
     """All these networks compute what Base does, some on other inputs: solved on those, all weights are the same."""
     net = make(form)
     converted, how = solved(net)
-    assert how.used.keys() == {"stem.0", "right.0", "last.0"}
+    assert how.solved == {"stem.0", "right.0", "last.0"}
     assert (how.by_graph, how.one_pass) == (form in GRAPHS, {})
-    assert "wrong.0" not in how.used
+    assert "wrong.0" not in how.solved
     assert all(bool(tensor.isfinite().all()) for tensor in converted.state_dict().values())
     with torch.no_grad():
         outputs = [one(X).double() for one in (net, converted)]
@@ -176,7 +176,7 @@ def test_a_sum_of_two_convs_is_made_right_by_the_later_one() -> None:
     net = make(Projects)
     converted, how = solved(net)
     assert how.by_graph
-    assert how.used.keys() == {"stem.0", "right.0", "wrong.0", "last.0"}
+    assert how.solved == {"stem.0", "right.0", "wrong.0", "last.0"}
     with torch.no_grad():
         outputs = [one(X) for one in (net, converted)]
     assert float((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < 0.05
