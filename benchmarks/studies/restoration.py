@@ -88,6 +88,12 @@ def page(results: dict[str, Any]) -> str:
     return TEXT.format(table=table, commands=commands, states=all_states, machine=machine_text())
 
 
+def named(word: str) -> str:
+    """A word of a command with the name of a file in place of its path, as of `folder/nets.py:Net`."""
+    path, colon, rest = word.partition(":")
+    return f"{Path(path).name}{colon}{rest}" if Path(path).exists() else word
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
@@ -100,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     results = read_json(args.out, {"rows": {}, "commands": {}})
     # Only the names of files: where they lie says nothing.
-    results["commands"][args.name] = [Path(word).name if Path(word).exists() else word for word in args.convert]
+    results["commands"][args.name] = [named(word) for word in args.convert]
     for seed in args.seeds:
         for macs in args.macs:
             for polish in args.polish:
