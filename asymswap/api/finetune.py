@@ -282,7 +282,8 @@ def _samples(
     if settings.workers is None:
         # None for images in memory, else one for each core but one.
         settings = replace(settings, workers=0 if train.ready else max(1, min(4, (os.cpu_count() or 1) - 1)))
-    presets = tuple((batches.presets_for(data) if settings.augment is None else settings.augment) if named else ())
+    given = settings.augment
+    presets = (batches.presets_for(data) if given is None else batches.parse_presets(given)) if named else ()
     mixed = [name for name in presets if name in batches.MIXES]
     if mixed and not labels:
         raise AsymswapError(f"`augment={mixed[0]}` mixes class labels, which are not learned here; leave it out")

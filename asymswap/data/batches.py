@@ -213,13 +213,14 @@ class Batches:
 Source = Reader | Batches
 
 
-def parse_presets(text: str) -> tuple[str, ...]:
-    """Parse `flip-crop` or `randaugment,mixup`: at most one preset for pictures, and any for batches."""
-    names = tuple(name.strip() for name in text.split(","))
+def parse_presets(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names in `flip-crop` or `randaugment,mixup`: at most one preset for pictures, and any for batches."""
+    names = tuple(name.strip() for name in (given.split(",") if isinstance(given, str) else given))
     for name in names:
         check_choice("`augment=…`", name, PRESETS + MIXES)
     if sum(name in PRESETS for name in names) > 1:
-        raise SourceError(f"`augment={text}`: give one of {', '.join(PRESETS)}; mixup and cutmix may be added to it")
+        given, known = ",".join(names), ", ".join(PRESETS)
+        raise SourceError(f"`augment={given}`: give one of {known}; mixup and cutmix may be added to it")
     return names
 
 

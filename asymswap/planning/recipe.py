@@ -85,6 +85,12 @@ class Range(_Strict):
     min: Annotated[float, Field(strict=True)] | None = Field(None, description="The smallest number that is in it.")
     max: Annotated[float, Field(strict=True)] | None = Field(None, description="The largest number that is in it.")
 
+    @model_validator(mode="after")
+    def _not_empty(self) -> Range:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min = {self.min:g} is above max = {self.max:g}")
+        return self
+
     def holds(self, value: float) -> bool:
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 

@@ -281,6 +281,7 @@ def test_a_conv_that_never_runs_has_no_feature_map() -> None:
         ('"3x3"', '"3by3"', "rule 1 match.kernel: give a size such as"),
         ('"dense"', '"dens"', "rule 1 match.groups: Input should be 'dense', 'grouped' or 'depthwise'"),
         ('groups = "dense"', "in_channels = { mn = 3 }", "unknown key 'mn' in rule 1 match.in_channels; did you mean"),
+        ('groups = "dense"', "in_channels = { min = 9, max = 3 }", "min = 9 is above max = 3"),
         ('groups = "dense"', 'followed_by = "batchnorm"', "unknown operation 'batchnorm'; did you mean batch_norm"),
         ("macs = 0.5", "macs = 1.5", "budget.macs: Input should be less than or equal to 1"),
         ("macs = 0.5", 'macs = "0.5"', "budget.macs: Input should be a valid number"),

@@ -438,6 +438,7 @@ LOADER = DataLoader(PAIRS, 8)
         (LOADER, {"settings": Training(patience=1)}, r"`patience=1` needs a validation: give `evaluate=…`"),
         (PAIRS, {"settings": Training(validation="test")}, r"`validation=test` goes with a data reference; give 0.1 o"),
         (PAIRS, {"settings": Training(validation="0.1"), "evaluate": QUALITY}, r"give either `evaluate=…` or `validat"),
+        ("digits", {"settings": Training(augment=("flp",))}, r"`augment=…` 'flp' is unknown; did you mean flip"),
         ("digits", {"settings": Training(augment=("mixup",))}, r"`augment=mixup` mixes class labels, which are not le"),
     ],
 )  # fmt: skip
