@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -25,7 +25,7 @@ from asymswap.graph.trace import Trace
 from asymswap.measure.fidelity import WHOLE, compared_parts, measure_agreement
 from asymswap.models.opened import OpenedModel
 from asymswap.results.evaluate import Agreement, Score
-from asymswap.utils.inputs import Inputs, copied, output_of
+from asymswap.utils.inputs import Inputs, copied, output_of, samples_in, samples_of
 
 MEASURED = 4096  # samples to hold back where a loss of tenths of a point is to be seen; a half at most
 _VALUES = 512  # samples of which values are compared, at most: each says more than the class of a sample does
@@ -66,7 +66,10 @@ class Against(Evaluator):
 
     def agreement(self, model: nn.Module, progress: Steps) -> Agreement:
         """Return how far a model agrees with the first one."""
-        count, pairs = self._held_back.count, zip(self._held_back, self._own, strict=True)
+        # Networks that take other sizes get batches of other lengths.
+        alike = self._held_back.counts == self._own.counts
+        both = (one if alike else _singly(one) for one in (self._held_back, self._own))
+        count, pairs = min(self._held_back.count, self._own.count), zip(*both, strict=alike)
         step = lambda done: progress(done, count)  # noqa: E731
         outputs = measure_agreement(self._first, model, pairs, self._scores, self._parts, step, self._seen)
         return Agreement(self.description, count, outputs)
@@ -135,6 +138,10 @@ def on_held_back(opened: OpenedModel, calibration: Calibration, traced: Trace | 
 
 def _held_back(opened: OpenedModel, calibration: Calibration) -> Batches:
     return open_inputs(opened, calibration.given(), 1, memory_gib=calibration.memory_gib)[1]
+
+
+def _singly(batches: Batches) -> Iterator[Inputs]:
+    return (samples_of(batch, n, n + 1) for batch in batches for n in range(samples_in(batch)))
 
 
 def _some(batches: Batches) -> Batches:

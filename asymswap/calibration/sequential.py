@@ -36,6 +36,7 @@ Env = dict[fx.Node, Any]
 
 _DAMPING = 0.05  # batch norm scales below this fraction of the channels' average are not undone in full
 _SAME = 1e-3  # relative difference of outputs up to which a graph computes what the model does
+_NOT_FINITE = "its input in the converted network is not finite"
 _LEAST = 128  # samples for each layer, though their activations do not fit into memory
 # Above this fraction of a target output's energy that no kernel explains, patches and targets do not belong together:
 # a detector's second stage looks at other boxes in the converted network than in the original.
@@ -172,7 +173,7 @@ def _stop_at_sites(
                         _, at, outputs_GON = target
                         sums.add(patches_of(sums.conv, inputs[0], at), outputs_GON)
                 except ValueError:
-                    return "its input in the converted network is not finite"
+                    return _NOT_FINITE
         return None
 
     order = [sites[name] for name in images.team.first(call_order)]
@@ -188,7 +189,7 @@ def _stop_at_sites(
 
 def _walk_graph(
     model: nn.Module, converted: nn.Module, sites: Mapping[str, Site], images: Images, example: Inputs
-) -> Iterator[tuple[str, PatchSums]] | None:
+) -> Iterator[tuple[str, PatchSums | str]] | None:
     """Yield each site that the graph calls, to be solved before the next one, with its sums.
 
     None where the model has no graph that computes, on the first batch, what the model computes.
@@ -249,8 +250,8 @@ class _Walk:
 
     def sums(
         self, converted: nn.Module, sites: Mapping[str, Site], images: Images, held: Sequence[float]
-    ) -> Iterator[tuple[str, PatchSums]]:
-        """Yield the sites and their sums; `held` are the bytes that one sample's pair holds at each node."""
+    ) -> Iterator[tuple[str, PatchSums | str]]:
+        """Yield the sites and their sums, or why there are none; `held` are a pair's bytes of a sample at each node."""
         limit, live = images.memory_gib * 2**30 * images.team.size, list[_Pair]()
 
         def pairs() -> Iterator[_Pair]:
@@ -267,7 +268,7 @@ class _Walk:
             source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
             fitting = limit / max(held[stop], 1.0)
             used = replace(images, count=min(images.count, max(math.ceil(fitting), _LEAST)))
-            sums, kept, samples = PatchSums(conv, targets=True), list[_Pair](), 0
+            sums, kept, samples, reason = PatchSums(conv, targets=True), list[_Pair](), 0, ""
             for pair in pairs():
                 self._advance(pair, stop, converted)
                 target = pair.original[node]
@@ -277,13 +278,16 @@ class _Walk:
                     if all(isinstance(one, Tensor) and one.shape == target.shape for one in (right, wrong)):
                         target = target + (right - wrong) * inverse_scale[None, :, None, None].to(target)
                 at = used.positions(sites[name], target, pair.number)
-                sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
+                try:
+                    sums.add(patches_of(conv, pair.converted[source], at), outputs_at(target, conv.groups, at))
+                except ValueError:
+                    reason = _NOT_FINITE
                 samples += samples_in(pair.inputs) * images.team.size
                 kept += [pair] * (samples <= fitting)
                 if samples >= used.count:
                     break
             live = kept
-            yield name, sums
+            yield name, max(images.team.gather(reason)) or sums
 
     def _advance(self, pair: _Pair, stop: int, converted: nn.Module) -> None:
         """Walk on to the node at position `stop`."""

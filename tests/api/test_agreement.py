@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -97,3 +101,19 @@ def test_one_model_has_nothing_to_agree_with(loader: DataLoader[tuple[Tensor, ..
         asymswap.evaluate(TwoInputs(), loader, against_original=True)
     with pytest.raises(AsymswapError, match="a sweep needs something to measure by"):
         asymswap.sweep(TwoInputs(), ["half-macs"])
+
+
+@pytest.mark.parametrize("outputs", ["scores", "values"])
+def test_models_that_take_images_of_other_sizes_agree_on_the_same_ones(tmp_path: Path, outputs: str) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(300):
+        pixels = generator.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:03}.png")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    known = asymswap.PreprocessingOptions(normalize="half")
+    models = [asymswap.open_model(net, input_size=(3, side, side), preprocessing=known) for side in (512, 64)]
+    calibration = asymswap.Calibration(str(tmp_path), outputs=outputs, held_back=150)  # type: ignore[arg-type]
+    for first, second in (models, models[::-1]):
+        found = asymswap.evaluate([first, second], calibration, against_original=True).models[1].scores[0]
+        assert found.value > 0.5 if outputs == "scores" else found.value > 0

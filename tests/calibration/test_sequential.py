@@ -191,6 +191,21 @@ def test_a_branch_that_starts_at_zero_is_solved_and_leaves_the_network_finite() 
     assert all(parameter.isfinite().all() for parameter in conversion.model.parameters())
 
 
+@pytest.mark.parametrize("form", [GRAPHS[0], RUNS[0]])
+def test_a_layer_whose_input_is_no_longer_finite_keeps_its_one_pass_solution(
+    form: type[Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, add = make(form), PatchSums.add
+
+    def overflown(sums: PatchSums, patches: Tensor, targets: Tensor | None = None) -> None:
+        add(sums, patches * torch.inf if targets is not None and sums.conv is net.right[0] else patches, targets)
+
+    monkeypatch.setattr(PatchSums, "add", overflown)
+    _, how = solved(net)
+    assert how.one_pass == {"right.0": "its input in the converted network is not finite"}
+    assert how.solved == {"stem.0", "right.0", "last.0"}
+
+
 def test_memory_decides_how_often_the_original_runs_and_not_what_comes_out() -> None:
     kept = [solved(make(IsTensor), memory_gib=limit)[0].state_dict() for limit in (4.0, 1e-6)]
     assert all(torch.equal(value, kept[1][key]) for key, value in kept[0].items())
