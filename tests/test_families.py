@@ -212,3 +212,9 @@ def test_an_export_of_any_size_keeps_the_form(form: Any) -> None:
     plain, resized = (probe(one, torch.float32, 2, seed=0) for one in both)
     assert [tensor.shape[:-2] for tensor in resized] == [tensor.shape[:-2] for tensor in plain]
     assert all(tensor.shape[-2:] == (12, 10) for tensor in resized)
+
+
+def test_a_network_of_ones_own_in_a_package_named_as_torchvisions_takes_images() -> None:
+    for package in ("detection", "video.nets", "optical_flow"):
+        own = type("Net", (nn.Sequential,), {"__module__": package})(nn.Conv2d(3, 4, 3))
+        assert torchvision_models.assumed_preprocessing(own).form == "images"
