@@ -39,7 +39,7 @@ WAYS = {"one pass": "--no-sequential", "layer by layer": "--sequential"}
 STAGES = ("load", "trace", "calibrate", "plan", "convert", "measure")
 FITTED = ("calibrate", "convert", "whole process", "processor")
 SIDE = 256
-HELD_BACK = 32
+HELD_BACK = 256
 """More images than are asked for: the command compares the outputs on images that calibration has not seen."""
 
 COLUMNS = [
