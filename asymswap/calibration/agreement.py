@@ -71,7 +71,8 @@ class Against(Evaluator):
         both = (one if alike else _singly(one) for one in (self._held_back, self._own))
         count, pairs = min(self._held_back.count, self._own.count), zip(*both, strict=alike)
         step = lambda done: progress(done, count)  # noqa: E731
-        outputs = measure_agreement(self._first, model, pairs, self._scores, self._parts, step, self._seen)
+        seen = self._seen if alike else {}  # which are of whole batches
+        outputs = measure_agreement(self._first, model, pairs, self._scores, self._parts, step, seen)
         return Agreement(self.description, count, outputs)
 
     def measured(self, model: nn.Module, progress: Steps) -> Measured:
