@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin
+# Compiled modules are kept, whatever the environment says: without them each of some hundred processes compiles torch.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-fast test-programs test-nightly test-minimal test-newest test-libraries screens gallery fuzz kill mutate docs release-check lint format clean
 

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from asymswap.types import Progress
 
 @shows_progress
 def benchmark(
-    models: Sequence[Model],
+    models: Model | Sequence[Model],
     *,
     runtimes: Sequence[str] = ("torch",),
     batches: Sequence[int] = (1,),
@@ -40,27 +40,27 @@ def benchmark(
     example_inputs: Any = None,
     progress: Shows = True,
 ) -> Benchmark:
-    """Time models in every combination of runtimes, batch sizes, threads and memory formats; none is changed.
+    """Time one or more models in every combination of runtimes, batch sizes, threads and memory formats.
 
-    All combinations run in turn, in `rounds` rounds, or fewer if they take longer than `seconds`, but at least five.
-    `threads` defaults to torch's own number, `precision` (fp32, bf16, fp16) to the model's. They run on the CPU, unless
-    the first model was opened for another device. Batch norms are folded into the convs before them, as for deployment.
-    With `layers`, the layers that models share by name with the first one are timed too, in the first setting of eager
-    PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError where a model cannot be
-    opened, and where nothing can be run.
+    None is changed. All combinations run in turn, in `rounds` rounds, or fewer if they take longer than `seconds`, but
+    at least five. `threads` defaults to torch's own number, `precision` (fp32, bf16, fp16) to the model's. They run on
+    the CPU, unless the first model was opened for another device. Batch norms are folded into the convs before them, as
+    for deployment. With `layers`, the layers that models share by name with the first one are timed too, in the first
+    setting of eager PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError where a
+    model cannot be opened, and where nothing can be run.
     """
+    several = cast(Sequence[Model], models if isinstance(models, list | tuple) else [models])
     threads = threads or (torch.get_num_threads(),)
     timings = [
         Timing(runtime, form, batch, rounds, count, precision)
         for runtime, batch, count, form in itertools.product(runtimes, batches, threads, memory_formats)
     ]
-    if not (models and timings and seconds > 0):
-        what = f"{len(models)} models in {len(timings)} settings and {seconds:g} s"
+    if not (several and timings and seconds > 0):
+        what = f"{len(several)} models in {len(timings)} settings and {seconds:g} s"
         raise AsymswapError(f"{what} measure nothing; give one model and setting or more, and some seconds")
-    opened = [open_for_verb(model, progress, input_size, example_inputs) for model in models]
-    device = str(opened[0].device or "cpu")
+    opened = [open_for_verb(model, progress, input_size, example_inputs) for model in several]
     # Each once, for some runtimes have a memory format of their own.
-    every = (RUNTIMES[timing.runtime].setting(replace(timing, device=device)) for timing in timings)
+    every = (RUNTIMES[one.runtime].setting(replace(one, device=str(opened[0].device or "cpu"))) for one in timings)
     settings = tuple(dict.fromkeys(every))
     costs = tuple(cost_row(one) for one in opened)
     found, networks, others = _measure(opened, settings, timings[0], progress, seconds)

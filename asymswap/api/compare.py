@@ -52,8 +52,8 @@ def compare(
     otherwise on random inputs. Latency is measured by `timing`, if given. Raises AsymswapError for fewer than two
     models, or one that cannot be opened.
     """
-    if len(models) < 2:
-        raise AsymswapError(f"compare takes two models or more, not {len(models)}")
+    if (count := len(models) if isinstance(models, list | tuple) else 1) < 2:
+        raise AsymswapError(f"compare takes two models or more, not {count}")
     if images is not None and images < 1:
         raise AsymswapError(f"`images={images}` leaves nothing to compare on; give 1 or more")
     opened = [open_for_verb(model, progress, input_size, example_inputs, preprocessing) for model in models]

@@ -217,6 +217,14 @@ class TestFailures:
         with pytest.raises(AsymswapError, match="0 models in 2 settings and 60 s measure nothing; give one model"):
             asymswap.benchmark([])
 
+    def test_one_model(self) -> None:
+        """Alone, a name is not read letter by letter, nor an nn.Sequential layer by layer."""
+        chain = asymswap.open_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), input_size=(3, 8, 8))
+        for model in (DIGITS, chain.model, chain):
+            size = (3, 8, 8) if isinstance(model, nn.Module) else None
+            found = asymswap.benchmark(model, rounds=5, seconds=1, layers=False, input_size=size)
+            assert len(found.models) == 1
+
 
 class TestLayers:
     def test_time_and_macs_of_each_and_of_the_rest(self, clock: Clock) -> None:

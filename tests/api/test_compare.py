@@ -217,6 +217,7 @@ def test_mcnemar_of_very_many() -> None:
     ("models", "options", "error", "said"),
     [
         ([DIGITS], {}, AsymswapError, r"compare takes two models or more, not 1"),
+        (DIGITS, {}, AsymswapError, r"compare takes two models or more, not 1"),
         ([DIGITS, DIGITS], {"images": 0}, AsymswapError, r"`images=0` leaves nothing to compare on"),
         ([DIGITS, "no-such.pt"], {}, SourceError, r"no-such\.pt"),
         ([DIGITS, "digits-resnte"], {}, SourceError, r"did you mean digits-resnet"),
