@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -41,14 +44,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
 from measured import machine, markdown_table, table, write_json
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import to_dtype
 
 import asymswap
+from asymswap import PreprocessingOptions
 from asymswap.calibration.gather import images_hash, model_hash
 from asymswap.data.datasets import LabelledImages, Part, open_data
 from asymswap.data.metrics import predict
 from asymswap.measure.macs import count_costs
-from asymswap.models import builders
 from asymswap.models.opened import OpenedModel
 from asymswap.models.opening import open_model
 from asymswap.replacements._pairs import full_rank
@@ -77,15 +82,51 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.opened: OpenedModel = open_model(args.model, arch=args.arch)
+        # A denoiser takes pixels from 0 to 1; a network of one's own says nothing of how images are prepared.
+        how = "none" if args.noise is not None else args.normalize
+        self.opened: OpenedModel = open_model(
+            args.model,
+            arch=args.arch,
+            input_size=args.input,
+            preprocessing=None if how is None else PreprocessingOptions(normalize=how),
+        )
         self.macs = count_costs(self.opened.model, self.opened.example()).total.macs
-        self.test = in_memory(self._open("test"), None if args.test_images is None else args.test_images)
-        self.train = self._open("train")
-        self.original = predict(self.opened.model, self.test).top1
+        self.quality = "Top-1 accuracy in %" if args.noise is None else "PSNR in dB"
+        self.has_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.opened.model.modules())
+        if args.noise is None:
+            self.test = in_memory(self._open("test"), None if args.test_images is None else args.test_images)
+            self.train = self._open("train")
+            self.pairs = [self.test.tensors]
+            self.about = f"{len(self.test)} images of {len(self.test.classes)} classes", f"{len(self.train)} images"
+        else:
+            files = [sorted((Path(args.data) / part).glob("*.png")) for part in ("train", "test")]
+            self.clean, tested = ([read_grey(file) for file in some] for some in files)
+            self.pairs = [with_noise(image[None], args.noise, seed) for seed, image in enumerate(tested)]
+            self.about = f"{len(tested)} noisy images", f"{len(self.clean)} images, in patches of {args.patch} pixels"
+        self.original = self.score(self.opened.model)
         self._sites: list[Site] | None = None
 
     def _open(self, part: Part) -> LabelledImages:
         return open_data(self.args.data, self.opened.preprocessing, part)
+
+    def score(self, model: nn.Module) -> float:
+        """Return top-1 accuracy in %, or the mean PSNR in dB, on the test images."""
+        if self.args.noise is None:
+            return round(100 * predict(model, self.test).top1, 6)
+        with torch.inference_mode():
+            return mean(psnr(model(noisy).clamp(0, 1), clean) for noisy, clean in self.pairs)
+
+    def chosen(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the calibration inputs of a seed with their labels, or noisy patches with the clean ones."""
+        count, side = self.args.calibration_images, self.args.patch
+        if self.args.noise is None:
+            return in_memory(self.train, count, seed).tensors
+        draw = torch.Generator().manual_seed(seed)
+        patches = []
+        for image in random.Random(seed).choices(self.clean, k=count):
+            top, left = (int(torch.randint(size - side + 1, (), generator=draw)) for size in image.shape[-2:])
+            patches.append(image[:, top : top + side, left : left + side])
+        return with_noise(torch.stack(patches), self.args.noise, seed)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -97,8 +138,9 @@ class Bench:
             "model": model_hash(self.opened.model),
             "macs": self.macs,
             "original": self.original,
-            "test": f"{len(self.test)} images of {len(self.test.classes)} classes",
-            "train": f"{len(self.train)} images",
+            "quality": self.quality,
+            "test": self.about[0],
+            "train": self.about[1],
             "calibration_images": self.args.calibration_images,
         }
 
@@ -108,9 +150,8 @@ class Bench:
 
     def calibration(self, seed: int, **options: Any) -> asymswap.Calibration:
         """The calibration images of a seed."""
-        return asymswap.Calibration(
-            **{"data": self.args.data, "images": self.args.calibration_images, "seed": seed, **options}
-        )
+        data = self.args.data if self.args.noise is None else self.chosen(seed)[0]
+        return asymswap.Calibration(**{"data": data, "images": self.args.calibration_images, "seed": seed, **options})
 
     def sites(self) -> list[Site]:
         """The convs that recipe 3x3-only swaps."""
@@ -124,10 +165,24 @@ class Bench:
 class Decoded(LabelledImages):
     """Images that are network inputs already, N x C x H x W, with their labels."""
 
-    tensors: tuple[Tensor, ...] = ()
+    tensors: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.tensors[0][index], int(self.tensors[1][index])
+
+
+def read_grey(file: Path) -> Tensor:
+    """Read an image as 1 x H x W, from 0 to 1."""
+    return to_dtype(decode_image(str(file), ImageReadMode.GRAY), torch.float32, scale=True)
+
+
+def with_noise(clean: Tensor, deviation: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return images with noise, and without."""
+    return clean + deviation * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)), clean
+
+
+def psnr(image: Tensor, clean: Tensor) -> float:
+    return -10 * math.log10(float((image - clean).square().mean()))
 
 
 def in_memory(data: LabelledImages, count: int | None, seed: int = 0) -> Decoded:
@@ -247,7 +302,7 @@ class Book:
         entry["load_after"] = round(os.getloadavg()[0], 2)
         self.data["entries"][self.key(method, budget, seed)] = entry
         write_json(self.path, self.data)
-        what = f"failed: {entry['failed']}" if "failed" in entry else f"{100 * entry['top1']:.2f} %"
+        what = f"failed: {entry['failed']}" if "failed" in entry else f"{entry['score']:.2f}"
         took = f", {entry['seconds']:.1f} s" if "seconds" in entry else ""
         print(f"{METHODS[method].title}, {budget:g}, seed {seed}: {what}{took} (load {entry['load']})", flush=True)
 
@@ -271,7 +326,7 @@ def run_ours(bench: Bench, book: Book, name: str, budget: float, seed: int) -> N
             option, value = polish_option(bench.args)
             entry["note"] = f"{option} {value:g} on {bench.args.polish_images} images"
         entry["macs"] = count_costs(conversion.model, bench.opened.example()).total.macs / bench.macs
-        entry["top1"] = predict(conversion.model, bench.test).top1
+        entry["score"] = bench.score(conversion.model)
         if conversion.report.calibration is not None:
             entry["images"] = conversion.report.calibration.sha256
     book.put(name, budget, seed, entry)
@@ -319,19 +374,17 @@ class Peers:
             return None
         bench = self.bench
         origin = bench.opened.origin
-        reference = origin.reference.partition("@")[0]
-        if builders.canonical(reference) is None:
-            return f"the peers build the network from its name, and {reference} is not one of ours or torchvision's"
-        chosen = in_memory(bench.train, bench.args.calibration_images, bench.args.seeds[0])
-        self.images = images_hash(lambda: iter([(0, (chosen.tensors[0],))]))
+        reference = bench.args.arch or origin.reference.partition("@")[0]
+        chosen = bench.chosen(bench.args.seeds[0])
+        self.images = images_hash(lambda: iter([(0, (chosen[0],))]))
         self._bundle = str(Path(self._work.name) / "bundle.pt")
         torch.save(
             {
                 "reference": reference,
                 "arguments": dict(origin.arguments),
                 "state_dict": bench.opened.model.state_dict(),
-                "calibration": chosen.tensors,
-                "test": bench.test.tensors,
+                "calibration": chosen,
+                "test": bench.pairs,
             },
             self._bundle,
         )
@@ -345,7 +398,7 @@ class Peers:
     def run(self, book: Book, script: str, budget: float) -> None:
         """One run of a script, which gives a row for each of its variants."""
         seed = self.bench.args.seeds[0]
-        names = [name for name, method in METHODS.items() if method.script == script]
+        names = variants(self.bench, script)
         method = METHODS[names[0]]
         entry: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
         reason = self.prepare(method)
@@ -379,6 +432,12 @@ class Peers:
         return {row["variant"]: row for row in rows}, reason
 
 
+def variants(bench: Bench, script: str) -> list[str]:
+    """Return the methods of one script; what re-estimates batch norms only where there are any."""
+    own = [name for name, method in METHODS.items() if method.script == script]
+    return [name for name in own if bench.has_norms or not METHODS[name].variant]
+
+
 def last_line(text: str) -> str:
     """What a program said last."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")[:300]
@@ -396,7 +455,7 @@ def run_all(bench: Bench, book: Book) -> None:
                 run_ours(bench, book, name, budget, first)
         scripts = dict.fromkeys(METHODS[name].script for name in args.methods if METHODS[name].script)
         for script in scripts:
-            names = [name for name, method in METHODS.items() if method.script == script]
+            names = variants(bench, script)
             if any(book.lacks(name, budget, first) for name in names):
                 peers.run(book, script, budget)
         for seed in rest:
@@ -409,7 +468,7 @@ def run_all(bench: Bench, book: Book) -> None:
 class Cell:
     """A method at a budget: means over the seeds, or the reason why there are none."""
 
-    top1: float | None = None
+    score: float | None = None
     macs: float | None = None
     seconds: float | None = None
     cpu_seconds: float | None = None
@@ -425,9 +484,9 @@ def cell(book: Book, name: str, budget: float, seeds: Sequence[int]) -> Cell | N
     done = [entry for entry in found if "failed" not in entry]
     if not done:
         return Cell(failed=found[0]["failed"]) if found else None
-    means = {key: mean(entry[key] for entry in done) for key in ("top1", "macs", "seconds", "cpu_seconds", "load")}
-    accuracies = [entry["top1"] for entry in done]
-    return Cell(**means, spread=max(accuracies) - min(accuracies), seeds=len(done))
+    means = {key: mean(entry[key] for entry in done) for key in ("score", "macs", "seconds", "cpu_seconds", "load")}
+    scores = [entry["score"] for entry in done]
+    return Cell(**means, spread=max(scores) - min(scores), seeds=len(done))
 
 
 def grid(book: Book, args: argparse.Namespace, show: Callable[[Cell], str]) -> tuple[list[str], list[list[str]]]:
@@ -448,9 +507,9 @@ def shown(book: Book) -> list[str]:
     return [name for name in METHODS if name in tried]
 
 
-def as_accuracy(one: Cell) -> str:
-    assert one.top1 is not None
-    return f"{100 * one.top1:.2f}" + (f" ±{50 * one.spread:.2f}" if one.seeds > 1 else "")
+def as_score(one: Cell) -> str:
+    assert one.score is not None
+    return f"{one.score:.2f}" + (f" ±{one.spread / 2:.2f}" if one.seeds > 1 else "")
 
 
 def as_seconds(one: Cell) -> str:
@@ -473,8 +532,8 @@ def as_load(one: Cell) -> str:
     return f"{one.load:.1f}"
 
 
-TABLES = {
-    "Top-1 accuracy in %": as_accuracy,
+TABLES: dict[str, Callable[[Cell], str]] = {
+    "": as_score,  # its title is the setting's
     "Seconds": as_seconds,
     "Processor seconds": as_cpu_seconds,
     "MACs actually kept": as_macs,
@@ -551,7 +610,7 @@ def left_out(book: Book, args: argparse.Namespace) -> list[str]:
 def print_tables(book: Book, args: argparse.Namespace) -> None:
     """Everything, for the terminal."""
     for title, show in TABLES.items():
-        print(f"\n{title}, by MACs kept\n{table(*grid(book, args, show))}")
+        print(f"\n{title or book.data['setting']['quality']}, by MACs kept\n{table(*grid(book, args, show))}")
     print("", *against_aimet(book, args), *remarks(book, args), sep="\n")
 
 
@@ -566,13 +625,14 @@ def markdown(book: Book, args: argparse.Namespace) -> str:
             threads.add(entry["threads"])
     beside = args.markdown is not None and args.picture.parent == args.markdown.parent
     lines = [
-        "# Accuracy over MACs kept",
+        f"# {args.title}",
         "",
-        *([f"![Top-1 accuracy over the MACs kept]({args.picture.name})", ""] if beside else []),
+        *([f"![{setting['quality']} over the MACs kept]({args.picture.name})", ""] if beside else []),
         "<!-- Written by benchmarks/studies/accuracy_at_budget.py; change that, not this. -->",
         "",
         f"Network `{setting['network']}` ({setting['weights']}; {setting['macs'] / 1e6:.1f} MMACs), "
-        f"{100 * setting['original']:.2f} % originally, on {setting['test']}. Calibration images: "
+        f"{setting['original']:.2f} {setting['quality'].rpartition(' ')[2]} originally, on {setting['test']}. "
+        "Calibration images: "
         f"{setting['calibration_images']} of the training part's {setting['train']}; with several draws of them, "
         "the tables have the mean and half of the range. Nothing was fine-tuned with labels.",
         "",
@@ -580,10 +640,10 @@ def markdown(book: Book, args: argparse.Namespace) -> str:
         f"{on['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
         "All methods got the same weights and were measured on the same images. The peers ran once, on the first draw. "
-        "AIMET needs labels: its evaluation callback got those of the calibration images.",
+        "AIMET needs labels: its evaluation callback got those of the calibration images, or the clean ones.",
     ]
     for title, show in TABLES.items():
-        lines += ["", f"## {title}", "", markdown_table(*grid(book, args, show), left=2)]
+        lines += ["", f"## {title or setting['quality']}", "", markdown_table(*grid(book, args, show), left=2)]
         if title == "Seconds":
             lines += [
                 "",
@@ -619,21 +679,29 @@ def draw(book: Book, args: argparse.Namespace) -> str:
     axes = figure.subplots()
     axes.set_prop_cycle(color=colormaps["tab20"].colors)  # more than the usual ten
     budgets = sorted(args.budgets)
-    axes.axhline(100 * book.data["setting"]["original"], color="black", linewidth=0.8, linestyle=":", label="original")
+    axes.axhline(book.data["setting"]["original"], color="black", linewidth=0.8, linestyle=":", label="original")
     for name in shown(book):
         cells = [cell(book, name, budget, args.seeds) for budget in budgets]
-        points = [(one.macs, 100 * one.top1) for one in cells if one is not None and one.top1 is not None]
+        points = [(one.macs, one.score) for one in cells if one is not None and one.score is not None]
         if points:
             ours = METHODS[name].run is not None
             style = {"marker": "o", "linewidth": 2} if ours else {"marker": "x", "linewidth": 1, "linestyle": "--"}
             axes.plot(*zip(*points, strict=True), label=METHODS[name].title, **style)
     axes.set_xlabel("MACs kept")
-    axes.set_ylabel("top-1 accuracy in %")
+    axes.set_ylabel(book.data["setting"]["quality"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.picture, dpi=150)
     return f"picture: {args.picture}"
+
+
+def size_of(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))
+
+
+def deviation_of(text: str) -> float:
+    return float(Fraction(text))
 
 
 def parse() -> argparse.Namespace:
@@ -642,6 +710,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arch", help="the network of a file that holds weights only")
     parser.add_argument("--data", default="digits", help="digits, or a folder with train and test")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    parser.add_argument("--input", type=size_of, help="CxHxW, of a network of one's own")
+    parser.add_argument("--normalize", help="how its images are prepared, as `asymswap convert --normalize`")
+    parser.add_argument(
+        "--noise", type=deviation_of, help="of a denoiser, as 25/255; DATA has PNG files in train, test"
+    )
+    parser.add_argument("--patch", type=int, default=64, help="side of the patches that a denoiser is calibrated on")
+    parser.add_argument("--title", default="Accuracy over MACs kept", help="of the page")
     parser.add_argument("--calibration-images", type=int, default=512)
     parser.add_argument("--test-images", type=int, help="measure on so many of the test images only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -18,7 +18,7 @@ from typing import Any
 from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
 from aimet_torch.compress import ModelCompressor
 from aimet_torch.defs import SpatialSvdParameters
-from common import Clock, reestimate_batch_norm_, start, top1
+from common import Clock, quality, reestimate_batch_norm_, start
 from torch import nn
 
 WRITTEN = Path("data/greedy_selection_eval_scores_dict.pkl")
@@ -39,7 +39,7 @@ def main() -> None:
     auto = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=[first])
 
     def evaluate(model: nn.Module, *_: Any, **__: Any) -> float:
-        return top1(model, *task.calibration)
+        return quality(model, [task.calibration])
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

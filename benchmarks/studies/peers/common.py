@@ -7,10 +7,11 @@ it imports only the networks, which need torch, torchvision, pydantic and safete
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -26,15 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from asymswap.models import builders
 
 BATCH = 128
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """The model with its weights, the images (N x C x H x W) with their labels, and the fraction of MACs to keep."""
+    """The model with its weights, the images (N x C x H x W) with their targets, and the fraction of MACs to keep.
+
+    Targets are labels, or images as the network makes them. Test images of several sizes are several pairs.
+    """
 
     model: nn.Module
-    calibration: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    calibration: Pair
+    test: Sequence[Pair]
     budget: float
     scores: Path | None
 
@@ -75,7 +80,7 @@ class Results:
             {
                 "variant": variant,
                 "macs": count_macs(model, self.task.image),
-                "top1": top1(model, *self.task.test),
+                "score": quality(model, self.task.test),
                 "seconds": round(clock.seconds, 3),
                 "cpu_seconds": round(clock.cpu_seconds, 3),
                 "threads": torch.get_num_threads(),
@@ -95,10 +100,20 @@ def start(description: str | None, packages: Sequence[str]) -> tuple[Task, Resul
     parser.add_argument("--scores", type=Path, help="file of what does not depend on the budget: read, else written")
     args = parser.parse_args()
     bundle = torch.load(args.bundle, weights_only=True)
-    model = builders.family_of(bundle["reference"]).build(bundle["reference"], bundle["arguments"])
+    model = build(bundle["reference"], bundle["arguments"])
     model.load_state_dict(bundle["state_dict"])
     task = Task(model.eval(), bundle["calibration"], bundle["test"], args.budget, args.scores)
     return task, Results(task, packages, args.out)
+
+
+def build(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Return a network by its name, or by `file.py:Class`."""
+    file, _, name = reference.rpartition(":")
+    if not file.endswith(".py"):
+        return builders.family_of(reference).build(reference, dict(arguments))
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    made: nn.Module = getattr(importlib.import_module(Path(file).stem), name)()
+    return made
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
@@ -108,22 +123,25 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The fraction of the images whose highest score is their label's."""
+def quality(model: nn.Module, pairs: Sequence[Pair]) -> float:
+    """Return the percentage of images whose highest score is their label's, or the mean PSNR in dB of images."""
+    found: list[Tensor] = []
     with torch.inference_mode():
-        model.eval()
-        right = sum(
-            int((model(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(2 * BATCH), labels.split(2 * BATCH), strict=True)
-        )
-    return right / len(images)
+        for images, targets in pairs:
+            for x, y in zip(images.split(2 * BATCH), targets.split(2 * BATCH), strict=True):
+                out = model.eval()(x)
+                if y.dim() == 1:
+                    found.append(100 * (out.argmax(1) == y).double())
+                else:
+                    found.append(-10 * (out.clamp(0, 1) - y).square().double().flatten(1).mean(1).log10())
+    return float(torch.cat(found).mean())
 
 
 def agreement(model: nn.Module, original: nn.Module, images: Tensor) -> float:
-    """The fraction of the images for which both models predict the same class; it needs no labels."""
+    """Return the same measure against the original's own answers; it needs no labels."""
     with torch.inference_mode():
-        args = torch.cat([original.eval()(x).argmax(1) for x in images.split(2 * BATCH)])
-    return top1(model, images, args)
+        answers = torch.cat([original.eval()(x) for x in images.split(2 * BATCH)])
+    return quality(model, [(images, answers.argmax(1) if answers.dim() == 2 else answers.clamp(0, 1))])
 
 
 def reestimate_batch_norm_(model: nn.Module, images: Tensor) -> None:

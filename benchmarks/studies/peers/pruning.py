@@ -61,6 +61,8 @@ def pruned(model: nn.Module, task: Task, ratio: float, importance: str, inner_on
     """A copy with this fraction of the channels removed."""
     model = copy.deepcopy(model)
     ignored: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not ignored:  # the network makes images, of as many channels as before
+        ignored += [module for module in model.modules() if isinstance(module, nn.Conv2d)][-1:]
     if inner_only:
         ignored += outer_convs(model)
     pruner = tp.pruner.BasePruner(

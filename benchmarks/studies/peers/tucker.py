@@ -1,4 +1,4 @@
-"""tensorly-torch: Tucker decomposition of the 3x3 convs over both channel modes, at one fraction of full rank for all.
+"""tensorly-torch: Tucker decomposition of 1x1 and 3x3 convs over both channel modes, at one fraction of the ranks.
 
 `implementation="factorized"` is set, for the default multiplies the factors out again and saves nothing; the two
 spatial modes keep their full rank. No data is used, but for the variant with batch norm re-estimated on the calibration
@@ -17,12 +17,12 @@ from torch import nn
 
 
 def square_convs(model: nn.Module) -> list[str]:
-    """The convs that asymswap's recipe swaps as well: dense, 3x3, 16 input channels or more; tltorch has one stride."""
+    """The convs that asymswap's recipe swaps as well: dense, 1x1 or 3x3, 16 inputs or more; tltorch has one stride."""
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
-        and module.kernel_size == (3, 3)
+        and module.kernel_size in ((1, 1), (3, 3))
         and module.groups == 1
         and module.in_channels >= 16
         and module.stride[0] == module.stride[1]
