@@ -75,10 +75,10 @@ def run(command: Sequence[str], folder: Path | None = None, timeout: float | Non
         return Run(process.returncode, seconds, cpu_seconds, peak_mb, others, out.read(), err.read())
 
 
-def run_well(command: Sequence[str], folder: Path | None = None) -> Run:
-    """Run a command that must succeed."""
+def run_well(command: Sequence[str], folder: Path | None = None, codes: Sequence[int] = (0,)) -> Run:
+    """Run a command that must succeed, or end with one of other exit codes."""
     done = run(command, folder)
-    if done.code:
+    if done.code not in codes:
         sys.exit(f"{' '.join(command)} ended with {done.code}:\n{done.err}")
     return done
 
@@ -134,7 +134,9 @@ def import_everything() -> None:
         importlib.import_module("timm")
 
 
-def interleaved(commands: dict[str, Sequence[str]], rounds: int, folder: Path | None = None) -> dict[str, list[Run]]:
+def interleaved(
+    commands: dict[str, Sequence[str]], rounds: int, folder: Path | None = None, codes: Sequence[int] = (0,)
+) -> dict[str, list[Run]]:
     """Run all commands in turn until each has `rounds` runs, after one round that only warms the disk's cache up.
 
     In turn, so that whatever else the machine does falls upon all of them alike. Runs that other processes disturbed
@@ -143,7 +145,7 @@ def interleaved(commands: dict[str, Sequence[str]], rounds: int, folder: Path | 
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for number in range(10 * rounds + 1):
         for name, command in commands.items():
-            done = run_well(command, folder)
+            done = run_well(command, folder, codes)
             if number:
                 runs[name].append(done)
         if all(sum(done.others < QUIET for done in each) >= rounds for each in runs.values()):

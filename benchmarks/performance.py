@@ -58,6 +58,22 @@ SCRIPTS = {
     FLOOR: SAVE.format(name="vgg16", file="floor.pt"),
 }
 COMMANDS = [PASS, IMPORT, TYPER, HELP, RECIPES, TORCH, CANDIDATES, DEMO, STATE_DICT, FLOOR, CONVERT]
+MISTAKES = [
+    f"asymswap {wrong}"
+    for wrong in (
+        "convert resnet18 --recipe 3x3-onyl",
+        "convert resnet81 --recipe 3x3-only",
+        "convert no-such.pt --recipe 3x3-only",
+        "convert resnet18.pt --recipie 3x3-only",
+        "convert resnet18.pt --recipe half-macs --macs 50",
+        "convert resnet18 --recipe 3x3-only --input 1x32x32",
+        "convert resnet18.pt --recipe 3x3-only -o no/such/folder.pt",
+        "convert resnet18.pt --recipe half-macs --calibrate no-such-folder",
+        "finetune resnet18.pt --data digits --epochs -3",
+        "evaluate resnet18.pt --data digit",
+    )
+]
+"""Each ends with a message that says what to do."""
 COLUMNS = ["command", "min s", "median s", "peak MB"]
 
 
@@ -78,6 +94,10 @@ class Target:
         return [self.name, f"{self.value:.2f} {self.unit}", f"{self.most:g} {self.unit}", self.verdict]
 
 
+Found = dict[str, dict[str, float]]
+"""By command: seconds and peak memory."""
+
+
 def split(command: str) -> list[str]:
     """The arguments of the process."""
     if command in SCRIPTS:
@@ -85,7 +105,7 @@ def split(command: str) -> list[str]:
     return [ASYMSWAP, *command.split()[1:]]
 
 
-def targets(found: dict[str, dict[str, float]]) -> Iterator[Target]:
+def targets(found: Found, wrong: Found) -> Iterator[Target]:
     median = {command: each["median_s"] for command, each in found.items()}
     peak = {command: each["peak_mb"] for command, each in found.items()}
     yield Target("`asymswap --help`", median[HELP], 0.2, "s")
@@ -95,6 +115,8 @@ def targets(found: dict[str, dict[str, float]]) -> Iterator[Target]:
     yield Target("the README's first command", median[DEMO], 60, "s")
     yield Target("a bare state dict of a ResNet-18, converted", median[STATE_DICT], 60, "s")
     yield Target("`convert vgg16`, seconds over the floor", median[CONVERT] - median[FLOOR], 8, "s")
+    slowest = max((each["median_s"], command) for command, each in wrong.items())
+    yield Target(f"the slowest of {len(wrong)} mistakes, `{slowest[1]}`", slowest[0], 0.5, "s")
     models = (peak[CONVERT] - peak[FLOOR]) / MODEL_MB
     yield Target("`convert vgg16`, peak memory over the floor's, in models", models, 2, "x")
 
@@ -112,7 +134,7 @@ ELSEWHERE = [
 ]
 
 
-def markdown(found: dict[str, dict[str, float]], runs: int) -> str:
+def markdown(found: Found, wrong: Found, runs: int) -> str:
     lines = [
         "# Performance",
         "",
@@ -120,7 +142,7 @@ def markdown(found: dict[str, dict[str, float]], runs: int) -> str:
         "",
         "Measured costs of asymswap, beside their targets. Seconds are medians.",
         "",
-        markdown_table(TARGETS, [target.cells() for target in targets(found)]),
+        markdown_table(TARGETS, [target.cells() for target in targets(found, wrong)]),
         "",
         f"From {runs} alternating runs of each command below, every run in its own process. The floor of",
         "`convert vgg16` is what any such program does in Python: import torch and torchvision, build the network,",
@@ -129,7 +151,11 @@ def markdown(found: dict[str, dict[str, float]], runs: int) -> str:
         "",
         markdown_table(COLUMNS, rows(found, "`")),
         "",
-        f"- {disturbance(found).capitalize()}.",
+        "Mistakes, by the time until the message:",
+        "",
+        markdown_table(COLUMNS, rows(wrong, "`")),
+        "",
+        f"- {disturbance(found | wrong).capitalize()}.",
         f"- Machine: {machine_text()}.",
         "",
         "Other measurements, with their own targets:",
@@ -140,7 +166,7 @@ def markdown(found: dict[str, dict[str, float]], runs: int) -> str:
     return "\n".join(lines)
 
 
-def rows(found: dict[str, dict[str, float]], quote: str = "") -> list[list[str]]:
+def rows(found: Found, quote: str = "") -> list[list[str]]:
     return [
         [f"{quote}{command}{quote}", f"{each['min_s']:.3f}", f"{each['median_s']:.3f}", f"{each['peak_mb']:.0f}"]
         for command, each in found.items()
@@ -156,15 +182,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_well([sys.executable, "-c", SAVE.format(name="resnet18", file="resnet18.pt")], Path(folder))
         runs = interleaved({command: split(command) for command in COMMANDS}, args.runs, Path(folder))
-    found = {command: summary(each) for command, each in runs.items()}
+        mistakes = interleaved({command: split(command) for command in MISTAKES}, args.runs, Path(folder), codes=(1, 2))
+    found, wrong = ({command: summary(each) for command, each in some.items()} for some in (runs, mistakes))
     judged: dict[str, Any] = {
-        target.name: {"measured": target.value, "at most": target.most} for target in targets(found)
+        target.name: {"measured": target.value, "at most": target.most} for target in targets(found, wrong)
     }
-    print(machine_text(), "", table(COLUMNS, rows(found)), "", disturbance(found), "", sep="\n")
-    print(table(TARGETS, [target.cells() for target in targets(found)]))
-    write_json(args.out, {"machine": machine(), "runs": args.runs, "commands": found, "targets": judged})
+    print(machine_text(), "", table(COLUMNS, rows(found | wrong)), "", disturbance(found | wrong), "", sep="\n")
+    print(table(TARGETS, [target.cells() for target in targets(found, wrong)]))
+    write_json(args.out, {"machine": machine(), "runs": args.runs, "commands": found | wrong, "targets": judged})
     if args.markdown:
-        args.markdown.write_text(markdown(found, args.runs), encoding="utf-8")
+        args.markdown.write_text(markdown(found, wrong, args.runs), encoding="utf-8")
 
 
 if __name__ == "__main__":
