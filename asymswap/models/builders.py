@@ -16,7 +16,7 @@ from asymswap.models.preprocessing import with_channels
 from asymswap.models.timm_models import Timm
 from asymswap.models.torchvision_models import Torchvision, classifiers, with_current_keys
 from asymswap.models.transformers_models import Transformers
-from asymswap.models.ultralytics_models import Ultralytics
+from asymswap.models.ultralytics_models import PREFIX, Ultralytics
 from asymswap.types import Preprocessing, Progress
 
 DIGITS = "digits-resnet"
@@ -57,9 +57,13 @@ OWN, TORCHVISION = OwnNetworks(), Torchvision()
 FAMILIES: tuple[Family, ...] = (Timm(), Transformers(), Ultralytics(), OWN, TORCHVISION)
 
 
-def canonical(reference: str) -> str | None:
-    """Return the full form of a reference to a known network (`torchvision:resnet18` for `resnet18`), else None."""
-    return next(filter(None, (family.canonical(reference) for family in FAMILIES)), None)
+def canonical(reference: str, stored: Arguments | None = None) -> str | None:
+    """Return the full form of a reference to a known network (`torchvision:resnet18` for `resnet18`), else None.
+
+    None too for one that a checkpoint holds, with its `stored` arguments, where building it would read another file.
+    """
+    full = next(filter(None, (family.canonical(reference) for family in FAMILIES)), None)
+    return full if stored is None or "yaml" in stored or not str(full).startswith(PREFIX) else None
 
 
 def family_of(reference: str) -> Family:

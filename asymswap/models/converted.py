@@ -26,9 +26,9 @@ def rebuild(origin: Origin, skeleton: bytes | None) -> nn.Module:
     """Build the unconverted model of an origin, with unset weights; raise SourceError if that takes the user's code."""
     if skeleton is not None:
         return from_structure(skeleton)
-    full = builders.canonical(origin.reference)
+    full = builders.canonical(origin.reference, origin.arguments)
     if full is None:
-        raise SourceError(f"it was built by {origin.reference}, which is code of yours")
+        raise SourceError(f"it was built by {origin.reference}, which is code or a file of yours")
     return builders.family_of(full).build_unset(full, origin.arguments)
 
 

@@ -76,11 +76,9 @@ class Family(ABC):
         """Build the network with random weights; raise SourceError for arguments that it does not take."""
         try:
             return self.construct(reference, arguments)
-        except SourceError:
-            raise
         except Exception as error:
             # Builders check little: a wrong argument may come to light anywhere in them, as any error.
-            if not arguments:
+            if isinstance(error, SourceError) or not arguments:
                 raise
             hint = near_keyword(error, arguments)
             raise SourceError(f"{reference} does not take {dict(arguments)}: {reason_of(error, 200)}{hint}") from None

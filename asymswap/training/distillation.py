@@ -90,11 +90,10 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
         raise SourceError(f"the checkpoint does not say which model it was made from; {_GIVE}")
     origin, arguments = header.origin.reference, dict(header.origin.arguments)
     whole = origin.startswith(("skeleton:", "class:"))
-    if not whole and builders.canonical(origin) is None:
-        # Code that a file names is not run; what the user names is.
-        raise SourceError(f"the original was built by {origin}, which is code of yours; {_GIVE}")
-    stored = report.files[0].path if report.files else None
-    recorded = (stored or reference) if report.model.sha256 else None
+    if not whole and builders.canonical(origin, arguments) is None:
+        # What a file names is neither run nor read; what the user names is.
+        raise SourceError(f"the original was built by {origin}, which is code or a file of yours; {_GIVE}")
+    recorded = ((report.files and report.files[0].path) or reference) if report.model.sha256 else None
     if whole and reference != recorded:
         # The class of a module that was saved as a whole: by itself it names nothing to open.
         raise SourceError(f"the checkpoint does not say which file it was made from; {_GIVE}")
@@ -110,7 +109,7 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
         return str(path), {}  # an asymswap checkpoint, or a whole module, names its architecture itself
     if is_file_name(weights) or "\\" in weights:
         raise SourceError(f"the checkpoint names the weights {weights!r}, a path, which is not followed; {_GIVE}")
-    if weights == "random":
+    if weights.startswith("random"):
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
     return origin, {"weights": weights, "arguments": arguments} if origin.startswith("torchvision:") else {}
 

@@ -133,7 +133,7 @@ class Bench:
         """What all results of one file have in common."""
         source = self.opened
         return {
-            "network": source.origin.reference,
+            "network": Path(source.origin.reference).name,  # without the folder of a network of one's own
             "weights": source.weights,
             "model": model_hash(self.opened.model),
             "macs": self.macs,

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with the checks of a release
 
-from measured import ASYMSWAP, machine_text, markdown_table, read_json, run_well, state, states, write_json
+from measured import ASYMSWAP, machine, machine_text, markdown_table, read_json, run_well, state, states, write_json
 
 HERE = Path(__file__).parent
 TEXT = """\
@@ -57,6 +57,7 @@ def measure(convert: list[str], macs: float, polish: str, seed: int) -> dict[str
         "after": score["after"],
         "macs": found["after"]["macs"] / found["before"]["macs"],
         "cpu": round(done.cpu_seconds, 1),
+        "cores": machine()["cores"],
         "state": state(),
     }
 
@@ -74,7 +75,9 @@ def page(results: dict[str, Any]) -> str:
             [
                 name,
                 f"{found[0]['macs']:.3f}" if found[0]["macs"] else macs,
-                polish,
+                polish
+                if polish == "none"
+                else f"{polish}, {found[0].get('cores', 2)} cores".replace("1 cores", "1 core"),
                 f"{found[0]['before']:.2f}",
                 f"{mean(after):.2f}{spread}",
                 f"{len(after)}",

@@ -269,7 +269,7 @@ def test_from_file_to_file_and_back(nets: Path) -> None:
     x = torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     expected = converted.model.eval()(x)
     Path("canary").unlink()
-    hint = r"built by nets@home/net\.py:Net, which is code of yours; load it with asymswap\.load\(path, "
+    hint = r"built by nets@home/net\.py:Net, which is code or a file of yours; load it with asymswap\.load\(path, "
     hint += r'model=Net\(width=8\)\) or give `arch="nets@home/net\.py:Net"`$'
     verbs: list[Callable[[], object]] = [
         lambda: asymswap.load("net.asym.pt"),
@@ -316,7 +316,10 @@ def test_the_command_line(nets: Path, run: Run, refusal: Refusal) -> None:
     Path("canary").unlink()
     for command in ("convert", "fuse"):
         line = refusal(command, "Net.asym.pt", *(options if command == "convert" else ()))
-        assert f"code of yours; load it with asymswap.load(path, model=Net(width=6)) or give --arch {NAME}:Net" in line
+        assert (
+            f"code or a file of yours; load it with asymswap.load(path, model=Net(width=6)) or give --arch {NAME}:Net"
+            in line
+        )
     assert not Path("canary").exists()
     fused = run("fuse", "Net.asym.pt", "--separable", "--arch", f"{NAME}:Net", "-q")
     assert (fused.code, Path("Net.fused.pt").exists()) == (0, True)

@@ -136,7 +136,7 @@ def test_a_factory_is_called_with_its_arguments(user_nets: str) -> None:
     assert opened.model.get_submodule("conv").out_channels == 6
     assert opened.preprocessing.channels == 1
     assert "user_nets.Own is not made of allowlisted classes alone" in opened.notes[0]
-    with pytest.raises(SourceError, match=r"it was built by user_nets:own, which is code of yours"):
+    with pytest.raises(SourceError, match=r"it was built by user_nets:own, which is code or a file of yours"):
         rebuild(opened.origin, opened.skeleton)
 
 

@@ -265,7 +265,7 @@ def test_code_that_a_checkpoint_names_is_not_run(tmp_path: Path, monkeypatch: py
     import user_code  # type: ignore[import-not-found]
 
     before = len(user_code.runs)
-    with pytest.raises(SourceError, match=r"the original was built by user_code:net, which is code of yours"):
+    with pytest.raises(SourceError, match=r"the original was built by user_code:net, which is code or a file of yours"):
         find_teacher(header, ORIGINAL, digits_resnet())
     assert len(user_code.runs) == before
     assert find_teacher(header, "user_code:net", digits_resnet()).description == "user_code:net"

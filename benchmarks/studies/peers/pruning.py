@@ -60,6 +60,9 @@ def outer_convs(model: nn.Module) -> list[nn.Module]:
 def pruned(model: nn.Module, task: Task, ratio: float, importance: str, inner_only: bool) -> nn.Module:
     """A copy with this fraction of the channels removed."""
     model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # Torch-Pruning does not follow channels through what is done in place
     ignored: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not ignored:  # the network makes images, of as many channels as before
         ignored += [module for module in model.modules() if isinstance(module, nn.Conv2d)][-1:]
