@@ -302,8 +302,8 @@ def survey(args: argparse.Namespace) -> dict[str, Any]:
     for number, name in enumerate(args.models, start=1):
         rows = data["rows"].setdefault(name, {})
         lacking = [kind for kind in args.kinds if args.again or "ms" not in rows.get(kind, {})]
-        if name == "vgg16_bn" and "low-rank" in lacking:
-            lacking.remove("low-rank")  # it has no 1x1 convs
+        if name in ("vgg16_bn", "convnext_tiny") and "low-rank" in lacking:
+            lacking.remove("low-rank")  # they have no 1x1 convs
         if not lacking:
             continue
         command = [sys.executable, __file__, "--worker", name, "--threads", f"{args.threads}", "--kinds", *lacking]
@@ -378,11 +378,14 @@ def _oddities(done: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
     odd = []
     for name, kind, row in done:
         training = row["training"]
-        first, *_, last = training["losses"]
+        losses = training["losses"]
+        first, last = losses[0], losses[-1]
         if training["unreached"]:
             odd.append(f"{kind} in {name}: {', '.join(training['unreached'][:3])} … never got a gradient.")
         if not last < first:
-            odd.append(f"{kind} in {name}: the loss did not fall ({first:.2f} -> {last:.2f}).")
+            odd.append(
+                f"{kind} in {name}: the loss did not fall ({first:.2f} -> {last:.2f}, {min(losses):.2f} in between)."
+            )
         if not row["moved"]["relative"] > 0:
             odd.append(f"{kind} in {name}: the outputs did not change.")
     yield from odd or [f"In all {before} the loss fell, every new parameter got a gradient, and the outputs changed."]
@@ -391,9 +394,10 @@ def _oddities(done: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
 EXPLANATION = f"""\
 Weights, images and labels are random (seed 0): this measures costs and whether everything works, not accuracy. Each
 kind gets the same convs: 3x3 and larger with at least 8 input channels, grouped and depthwise ones too; `low-rank` the
-1x1 convs with as many, of which vgg16_bn has none. A kind may refuse some (even kernels), and dilated convs were
-excluded from the offset kinds. `separable` and `low-rank` keep half of the MACs of their convs, `predicted-offset` has
-one offset group, `branches` are those of the recipes of that name; all other settings are defaults.
+1x1 convs with as many, of which vgg16_bn and convnext_tiny have none. A kind may refuse some (even kernels), and dilated
+convs were excluded from the offset kinds. `separable` and `low-rank` keep half of the MACs of their convs,
+`predicted-offset` has one offset group, `branches` are those of the recipes of that name; all other settings are
+defaults.
 
 - swapped: number of convs. Parameters, MACs: of the whole network, x the original's.
 - latency: x the original's, one image of 224 x 224 (CIFAR networks: 32 x 32), channels_last, networks alternating, the

@@ -119,7 +119,7 @@ def test_too_large_a_structure(stored: Stored, refusal: Refusal) -> None:
 # What keeps the model from being built again.
 ORIGINS: dict[str, tuple[dict[str, object], str]] = {
     "unknown": ({"origin": {"reference": "no-net"}}, r"x\.pt cannot be rebuilt: it was built by no-net, which is code"),
-    "code": ({"origin": {"reference": "os:getcwd"}}, r"built by os:getcwd, which is code or a file of yours; load it with"),
+    "code": ({"origin": {"reference": "os:getcwd"}}, r"built by os:getcwd, which is code or a file of yours; load"),
     "another file": (
         {"origin": {"reference": "ultralytics:/etc/net.yaml"}},
         r"built by ultralytics:/etc/net\.yaml, which is code or a file of yours; load it with",
