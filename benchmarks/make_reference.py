@@ -82,8 +82,8 @@ RECIPES_MIDDLE = """\
 ## `swap`
 
 `kind` names one of the kinds below ([their mathematics](kinds.md)); every other key is a setting of that kind. One of
-`rank`, `ratio` and `energy` sets the size; without them the recipe needs a budget, which chooses it. A swap that costs
-more MACs or parameters than it saves is not made unless `allow_growth = true`; the report says so.
+`rank`, `ratio` and `energy` sets the size; without them the recipe needs a budget, which chooses it. A swap that has
+more MACs or parameters than the conv is not made unless `allow_growth = true`; the report says so.
 
 Several kinds in a list are a choice, made at every conv that the rule matches:
 
@@ -92,8 +92,8 @@ swap = [{ kind = "separable" }, { kind = "low-rank" }, { kind = "cross" }]
 ```
 
 - A kind that cannot take the conv is left out. If none can, the conv is kept, and the report gives the reason of each.
-- With a budget, the kind and size are taken that lose least for what they cost. A kind with a size of its own takes
-  part in that size, and the conv may also stay as it is.
+- With a budget, the kind and size are taken that lose least for what they cost. A kind whose size is given takes
+  part with that size, and the conv may also stay as it is.
 - Without a budget, or where every kind that can take the conv has its own size, the first in the list that saves
   something is taken.
 

@@ -43,5 +43,4 @@ def doctor(common: o.Common = o.PRINTING) -> None:
     if common.json:
         o.print_json(found)
     elif not common.quiet:
-        for name, value in found.items():
-            typer.echo(f"{name:<18}{value}")
+        typer.echo("\n".join(f"{name:<18}{value}" for name, value in found.items()))

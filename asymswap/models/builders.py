@@ -58,9 +58,9 @@ FAMILIES: tuple[Family, ...] = (Timm(), Transformers(), Ultralytics(), OWN, TORC
 
 
 def canonical(reference: str, stored: Arguments | None = None) -> str | None:
-    """Return the full form of a reference to a known network (`torchvision:resnet18` for `resnet18`), else None.
+    """Return the full form (`torchvision:resnet18` of `resnet18`) of a known network, else None.
 
-    None too for one that a checkpoint holds, with its `stored` arguments, where building it would read another file.
+    None too where building what a checkpoint holds, with its `stored` arguments, would read another file.
     """
     full = next(filter(None, (family.canonical(reference) for family in FAMILIES)), None)
     return full if stored is None or "yaml" in stored or not str(full).startswith(PREFIX) else None

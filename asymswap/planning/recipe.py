@@ -70,7 +70,7 @@ Words = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple), _OrOne()]
 Groupings = Annotated[tuple[Literal["dense", "grouped", "depthwise"], ...], BeforeValidator(_as_tuple), _OrOne()]
 Position = Literal["first", "inner", "last"]
 Positions = Annotated[tuple[Position, ...], BeforeValidator(_as_tuple), _OrOne()]
-Group = Literal["Smaller and faster", "Stronger in training, same cost afterwards", "Learned sampling"]
+Group = Literal["Smaller and faster", "Wider view", "Stronger in training, same cost afterwards", "Learned sampling"]
 GROUPS: tuple[str, ...] = get_args(Group)
 Preserves = Literal["exactly", "approximately", "nothing"]
 
@@ -223,7 +223,7 @@ class Rule(_Strict):
     match: Match = Field(Match.model_validate({}), description="Which convs the rule matches; by default all.")
     swap: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = ()
     """What they become: a kind and its settings, or a list of several to choose from."""
-    keep: Literal[True] | None = Field(None, description="They stay as they are, in the place of `swap`.")
+    keep: Literal[True] | None = Field(None, description="Leave them as they are; given instead of `swap`.")
     optional: Annotated[bool, Field(strict=True)] = Field(False, description="It is no error if no conv matches.")
 
     @model_validator(mode="after")

@@ -58,7 +58,7 @@ class NormSettings(GrowingSettings):
     eps: Annotated[float, Field(ge=0)] = 1e-5
     """Added to the variance by the branches' batch norms; one that is taken over keeps its own."""
     momentum: Annotated[float, Field(ge=0, le=1)] | Literal["cumulative"] = 0.1
-    """Momentum of their running statistics, `cumulative` for torch's None; likewise."""
+    """Momentum of their running statistics, `cumulative` for torch's None; one that is taken over keeps its own."""
 
     @model_validator(mode="after")
     def _norms_have_constants(self) -> Self:

@@ -22,7 +22,7 @@ class Settings(KindSettings):
 
     bias: bool = Field(False, description="Give the cross a bias even where the conv has none, for calibration to set.")
     correlation: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Of neighbouring input pixels, assumed without calibration; 0 copies the centre row and column."""
+    """Correlation of neighbouring input pixels, assumed without calibration; 0 copies the centre row and column."""
 
 
 class CrossConv2d(_convs.CroppedSum):

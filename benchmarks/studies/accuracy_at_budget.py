@@ -5,7 +5,7 @@
         [--markdown FILE] [--picture FILE]
 
     python benchmarks/studies/accuracy_at_budget.py --model resnet20-cifar10-jpg.pt --arch cifar:resnet20
-        --data cifar10-jpg --polish-minutes 5 --out benchmarks/studies/results/accuracy.json
+        --data cifar10-jpg --polish-minutes 10 --out benchmarks/studies/results/accuracy.json
         --markdown docs/results/accuracy.md --picture docs/results/accuracy.svg
 
 The second is that of docs/results/accuracy.md, whose results are kept in the repository.
@@ -576,7 +576,14 @@ def failures(book: Book, args: argparse.Namespace) -> list[str]:
         if name != "polish"  # it may have more
         if (entry := book.get(name, budget, first)) is not None and "images" in entry
     }
-    return lines if len(hashes) < 2 else [*lines, "the calibration images were not the same for all: these tables lie"]
+    return (
+        lines
+        if len(hashes) < 2
+        else [
+            *lines,
+            "the peers were calibrated on another draw of images than ours: as many, of the same training part",
+        ]
+    )
 
 
 def remarks(book: Book, args: argparse.Namespace) -> list[str]:
@@ -639,7 +646,7 @@ def markdown(book: Book, args: argparse.Namespace) -> str:
         f"Machine: {on['cores']} cores ({on['processor']}), {' or '.join(map(str, sorted(threads)))} threads, Python "
         f"{on['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
-        "All methods got the same weights and were measured on the same images. The peers ran once, on the first draw. "
+        "All methods got the same weights and were measured on the same images. The peers ran once. "
         "AIMET needs labels: its evaluation callback got those of the calibration images, or the clean ones.",
     ]
     for title, show in TABLES.items():

@@ -37,10 +37,10 @@ COLUMNS = ["network", "branches", "before", "after", "gain over none", "processo
 TEXT = """\
 # Branches beside trained convs
 
-Written by `benchmarks/studies/branches.py`, which says how: a trained network gets branches by a recipe, without
-effect, is fine-tuned, and its branches are fused into plain convs; beside the same fine-tuning without branches
-(*none*). All networks have the same layers in the end. Mean over seeds, which draw the order of the images, the
-patches and the noise, ± the standard deviation; the gain is that of each seed over *none* of the same seed.
+Written by `benchmarks/studies/branches.py`, which says how: a trained network gets branches by a recipe, which at first
+change nothing, is fine-tuned, and its branches are fused into plain convs; compared with the same fine-tuning without
+branches (*none*). All networks have the same layers in the end. Mean over seeds, which draw the order of the images,
+the patches and the noise, ± the standard deviation; the gain is that of each seed over *none* of the same seed.
 
 {table}
 

@@ -216,11 +216,11 @@ def findings(data: dict[str, Any]) -> list[str]:
 
 
 EXPLANATION = f"""\
-Each row is one process of
-`asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER --calibration-images N --dry-run`
-with the default `--calibration-memory` of 4 GiB, and with `--no-sequential` for one pass; ResNet-50 with
-`--macs 0.75`, since its spatial convs hold too few of the MACs for half. Weights and images are random: {SIDE} x {SIDE}
-pixels with detail at three scales, in PPM files, which cost almost nothing to read; the networks get 224 x 224.
+Each row is one process of `asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER
+--calibration-images N --dry-run` with the default `--calibration-memory` of 4 GiB, and with `--no-sequential` for one
+pass; ResNet-50 with `--macs 0.75`, as the recipe swapped spatial convs only when this was measured, and they hold too
+few of the MACs for half. Weights and images are random: {SIDE} x {SIDE} pixels with detail at three scales, in PPM
+files, which cost almost nothing to read; the networks get 224 x 224.
 
 - load, trace: building the network, and reading its graph.
 - calibrate: forward and backward passes of the images, covariances summed.

@@ -29,9 +29,9 @@ INTRODUCTION = """\
 <!-- Written by benchmarks/studies/claims.py; change that (or claims_page.py beside it), not this. -->
 
 The article behind this project says that ResNets, DenseNets and SE networks with asymmetric convolutions converge
-faster, recognise better, and need fewer parameters and less computation. Here each kind is tested against these claims
-with `asymswap.convert`, `finetune`, `evaluate` and `fuse`, beside the plain network of the same seed: the same number
-of epochs, the same images in the same order, the same settings.
+faster, recognise better, and need fewer parameters and less computation. Here five kinds are tested against these
+claims with `asymswap.convert`, `finetune`, `evaluate` and `fuse`, beside the plain network of the same seed: the same
+number of epochs, the same images in the same order, the same settings.
 
 All numbers are for **narrow networks, few epochs and few images**, which two cores can train many times. A verdict
 holds only for that setting; an undecided claim may be decided at full size.

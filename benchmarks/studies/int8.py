@@ -36,11 +36,12 @@ TEXT = """\
 # int8
 
 Written by `benchmarks/studies/int8.py`, which says how. Networks and their conversions in float32 and in int8, both as
-ONNX files in ONNX Runtime, on one thread; the score is that of test images. *Of the time* is to the float32 file.
+ONNX files in ONNX Runtime, on one thread; the score is that of test images. *Of the time*: relative to the float32
+file.
 
 {table}
 
-Tried between the two convs of a pair, on the DnCNN at half of its MACs, whose 30.33 dB in float32 int8 takes to:
+Tried between the two convs of a pair, on the DnCNN at half of its MACs; it has 30.33 dB in float32, and in int8:
 
 | what passes between the two convs | dB |
 | --- | ---: |

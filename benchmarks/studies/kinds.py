@@ -394,8 +394,8 @@ def _oddities(done: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[str]:
 EXPLANATION = f"""\
 Weights, images and labels are random (seed 0): this measures costs and whether everything works, not accuracy. Each
 kind gets the same convs: 3x3 and larger with at least 8 input channels, grouped and depthwise ones too; `low-rank` the
-1x1 convs with as many, of which vgg16_bn and convnext_tiny have none. A kind may refuse some (even kernels), and dilated
-convs were excluded from the offset kinds. `separable` and `low-rank` keep half of the MACs of their convs,
+1x1 convs with as many, of which vgg16_bn and convnext_tiny have none. A kind may refuse some (even kernels), and
+dilated convs were excluded from the offset kinds. `separable` and `low-rank` keep half of the MACs of their convs,
 `predicted-offset` has one offset group, `branches` are those of the recipes of that name; all other settings are
 defaults.
 

@@ -285,8 +285,7 @@ module by torch.save; a safetensors file; the result of an earlier conversion of
 - Both forms of checkpoint are written without copying the tensors.
 - Files are read, not mapped into memory. Mapping would save nothing, since all weights are read anyway (to look for
   NaN, for example), and would tie the process to a file that others may change: truncating a mapped file kills the
-  process by a signal, overwriting it changes the weights. So `-o` may name the source file itself, and the file may
-  change as soon as it has been read.
+  process by a signal, overwriting it changes the weights. So the file may change as soon as it has been read.
 
 What needs more: a training checkpoint is read as a whole, with the state of its optimizer (twice the weights for Adam);
 your own network is built with random weights before a file's are copied into it; swaps that grow the model (acb,

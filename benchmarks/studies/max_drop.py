@@ -30,8 +30,8 @@ TEXT = """\
 
 Written by `benchmarks/studies/max_drop.py`, which says how. `asymswap convert … --recipe half-macs --max-drop X`, one
 pass of calibration images, no polish, no labels: the smallest network found whose loss on held-back inputs is at most
-what was asked. *Lost when measured* is that loss with its interval of 95 %, *on other inputs* that of data which
-neither solving nor measuring has seen: points of agreement with the original over all test images, or decibels of the
+what was asked. *Lost when measured* is that loss with its interval of 95 %, *on other inputs* the loss on data used
+neither for solving nor for measuring: points of agreement with the original over all test images, or decibels of the
 metric. The goal is at most 0.3 points or 0.1 dB off, on nine of ten.
 
 {table}

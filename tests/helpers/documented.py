@@ -39,7 +39,7 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
 # Options in the text that no command has: of all commands, of our benchmarks, of accelerate's launcher, and of the
 # scripts of timm and torchvision.
 _FURTHER = {
-    *("--help", "--version", "--check", "--multi_gpu", "--num_processes"),
+    *("--help", "--version", "--check", "--cpu", "--multi_gpu", "--num_processes"),
     *("--num-classes", "--input-size", "--crop-pct", "--grad-checkpointing", "--torchscript"),
     *("--head-init-scale", "--head-init-bias"),
     *("--train-crop-size", "--val-resize-size", "--val-crop-size", "--norm-weight-decay"),
