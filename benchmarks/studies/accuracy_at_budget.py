@@ -581,7 +581,7 @@ def failures(book: Book, args: argparse.Namespace) -> list[str]:
         if len(hashes) < 2
         else [
             *lines,
-            "the peers were calibrated on another draw of images than ours: as many, of the same training part",
+            "the peers' calibration images are not all the same as ours: asymswap holds some back to measure on",
         ]
     )
 
