@@ -5,9 +5,8 @@
         [--markdown docs/results/calibration-cost.md]
 
 Each is `asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER --calibration-images N --dry-run`
-in a process of its own, with the default memory limit of 4 GiB; one pass is with `--no-sequential`. ResNet-50 keeps
-0.75 of its MACs, since its spatial convs hold too few of them for half. What is in the JSON, which is kept in the
-repository, is not done again, but for runs that failed.
+in a process of its own, with the default memory limit of 4 GiB; one pass is with `--no-sequential`. What is in the
+JSON, kept in the repository, is not done again, but for runs that failed.
 
 The images are random, of three sizes of detail, 256 x 256, in PPM files, which need no decoding; made for each start of
 this script in a temporary folder, always the same ones.
@@ -34,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what it shares with th
 from measured import ASYMSWAP, QUIET, machine_text, markdown_table, read_json, run, state, states, table, write_json
 from PIL import Image
 
-MACS = {"resnet50": 0.75}
 WAYS = {"one pass": "--no-sequential", "layer by layer": "--sequential"}
 STAGES = ("load", "trace", "calibrate", "plan", "convert", "measure")
 FITTED = ("calibrate", "convert", "whole process", "processor")
@@ -98,8 +96,6 @@ def measure(model: str, way: str, images: int, folder: Path, timeout: float) -> 
     """One run of the command."""
     command = [ASYMSWAP, "convert", model, "--weights", "none", "--recipe", "half-macs", "--dry-run", "--json"]
     command += ["--calibrate", str(folder), "--calibration-images", f"{images}", WAYS[way]]
-    if model in MACS:
-        command += ["--macs", f"{MACS[model]}"]
     done = run(command, timeout=timeout)
     about = {
         "whole process": round(done.seconds, 2),
@@ -218,9 +214,8 @@ def findings(data: dict[str, Any]) -> list[str]:
 EXPLANATION = f"""\
 Each row is one process of `asymswap convert MODEL --weights none --recipe half-macs --calibrate FOLDER
 --calibration-images N --dry-run` with the default `--calibration-memory` of 4 GiB, and with `--no-sequential` for one
-pass; ResNet-50 with `--macs 0.75`, as the recipe swapped spatial convs only when this was measured, and they hold too
-few of the MACs for half. Weights and images are random: {SIDE} x {SIDE} pixels with detail at three scales, in PPM
-files, which cost almost nothing to read; the networks get 224 x 224.
+pass. Weights and images are random: {SIDE} x {SIDE} pixels with detail at three scales, in PPM files, which cost almost
+nothing to read; the networks get 224 x 224.
 
 - load, trace: building the network, and reading its graph.
 - calibrate: forward and backward passes of the images, covariances summed.
@@ -247,7 +242,7 @@ def markdown(data: dict[str, Any]) -> str:
         "Written by `python benchmarks/studies/calibration_cost.py --markdown docs/results/calibration-cost.md`.",
         "",
         *(f"- {line}" for line in findings(data)),
-        f"- Measured with {states(list(data['runs'].values()))}; {data['threads']} threads.",
+        f"- Measured with {states(list(data['runs'].values()))}; threads: {data['threads']}.",
         "",
         *EXPLANATION,
         "",
