@@ -23,10 +23,10 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class _FileHeader(Strict):
 
     format: Literal[1, 2]
     origin: Origin
-    plans: list[dict[str, Any]]
+    plans: Annotated[list[dict[str, Any]], Field(max_length=100)]
     preprocessing: Preprocessing
     provenance: dict[str, Any]
     skeleton: str | None = None

@@ -93,7 +93,7 @@ def export(
     if fuse and opened.plans and form not in ("ultralytics", "transformers"):  # which train on with the swaps
         ready, left, rows = fuse_model(ready, original_of(opened), opened.plans, progress)
         fused, as_original = sum(row.outcome != "left" for row in rows), not left
-    elif quantize is not None or not opened.handed_over:
+    elif quantize is not None or not opened.may_share:
         ready = deep_copy(ready)
     opened = replace(opened, model=ready.eval())
     inputs, rotated, agreement, warnings = None, 0, None, input_warnings(opened)

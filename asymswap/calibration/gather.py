@@ -411,7 +411,7 @@ def save_statistics(path: Path, found: Mapping[str, SiteStatistics], summary: St
 def load_statistics(path: Path) -> tuple[dict[str, SiteStatistics], StatisticsSummary]:
     """Read what `save_statistics` wrote; raise SourceError for any other file."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt", backend="pread") as file:
             text = (file.metadata() or {}).get("asymswap-evidence")
             if text is None:
                 raise SourceError(f"{path} holds no statistics; give as `cache=…` a file that a calibration wrote")

@@ -96,7 +96,7 @@ def _read(path: Path) -> Mapping[str, Any]:
                         found[entry.filename.removesuffix(".npy")] = _read_npy(file, entry.file_size)
                 return found
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            return dict(load_file(path, backend="pread"))
         value = load_object(path, sniff(path), False, "it", "store tensors alone")
     except (SourceError, *_DAMAGED) as error:
         raise _UnfitError(f"cannot be read ({reason_of(error, 300)})") from None

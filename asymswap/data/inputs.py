@@ -24,7 +24,7 @@ from asymswap.models.opened import OpenedModel
 from asymswap.models.preprocessing import with_size
 from asymswap.types import Patches, UserData
 from asymswap.utils.inputs import Inputs, arguments_of, placed, samples_in, samples_of
-from asymswap.utils.tensors import generator_for, list_tensors, map_tensors
+from asymswap.utils.tensors import generator_for, list_tensors, map_tensors, random_state_kept, seed_
 
 HELD_BACK = 256
 """Samples held back of data whose samples can be chosen; a fifth of them at most. If the user says how many, a half."""
@@ -55,12 +55,14 @@ Parts: TypeAlias = tuple[Batches, Batches]
 """Batches of as many samples as are asked for, or of all there are, and the held-back ones."""
 
 
+@random_state_kept()
 def open_inputs(opened: OpenedModel, given: UserData, count: int, seed: int = 0, memory_gib: float = 4.0) -> Parts:
     """Return batches of `count` samples, and the held-back ones.
 
-    Samples that can be chosen are drawn by the seed; batches are taken in their order, and kept in memory, up to its
-    limit. Raises SourceError for data that gives nothing, or nothing that the network takes.
+    Samples that can be chosen are drawn by the seed; batches come in order, up to the memory limit. What is random
+    is drawn alike at every reading. Raises SourceError for data that holds nothing for the network.
     """
+    seed_("calibration data")
     data, model = given.data, opened.model
     if given.reference is not None:
         named, known, side = _named_arguments(model, Path(given.reference)), opened.preprocessing, given.patches.size
@@ -70,8 +72,7 @@ def open_inputs(opened: OpenedModel, given: UserData, count: int, seed: int = 0,
         raise SourceError("`patch=`, `patches=` and `noise=` are for images by a data reference; cut your own batches")
     if callable(data) and not isinstance(data, Iterable | Dataset):
         data = call("the data's function", data)
-    if isinstance(data, Tensor):
-        data = _Rows((data,))
+    data = _Rows((data,)) if isinstance(data, Tensor) else data
     if isinstance(data, _Rows) or (isinstance(data, Dataset) and hasattr(data, "__len__")):
         return _chosen(model, data, given, count, seed)
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
@@ -135,7 +136,9 @@ def held_back_of(total: int, given: UserData) -> tuple[list[int], list[int]]:
 def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indices: Sequence[int]) -> Batches:
     """Return batches of chosen samples, of about as many numbers each; up to a GiB is kept once it is read."""
 
+    @random_state_kept()
     def load(group: Sequence[int]) -> Inputs:
+        seed_("samples", *group)
         if isinstance(data, _Rows):
             return placed(model, map_tensors(data.arguments, lambda one: one[group] if one.dim() else one))
         what, hint = f"putting samples of {type(data).__name__} into a batch", "; give a DataLoader with a collate_fn"
@@ -157,8 +160,7 @@ def _grouped(model: nn.Module, data: _Rows | Dataset[Any], given: UserData, indi
 
 def _read(model: nn.Module, data: Iterable[Any], given: UserData, count: int, memory_gib: float) -> Parts:
     kept: list[Inputs] = []
-    held = used = back = 0
-    limit = memory_gib * 2**30
+    held, used, back, limit = 0, 0, 0, memory_gib * 2**30
     # Of as many as are to be held back again, whatever the count, it is known that those are no more than half.
     need = max(count, given.held_back)
     batches = call("the data", iter, data)
@@ -172,24 +174,23 @@ def _read(model: nn.Module, data: Iterable[Any], given: UserData, count: int, me
         else:
             used += samples_in(kept[-1])
         limit -= sum(tensor.nbytes for tensor in list_tensors(kept[-1]))
-    name = type(data).__name__
     if not kept:
-        raise SourceError(f"the data ({name}) gives no batch; a generator that was read before is exhausted")
+        raise SourceError(
+            f"the data ({type(data).__name__}) gives no batch; a generator that was read before is exhausted"
+        )
     if given.held_back:
         sums = list(accumulate(map(samples_in, kept)))
         back = min(back, sum(one <= sums[-1] / 2 for one in sums))
-    if len(kept) == back:
-        back = 1 if len(kept) > 1 else 0  # too few to hold back so many
+    back = int(back > 1) if back == len(kept) else back  # too few to hold back so many
 
     def batches_of(some: Sequence[Inputs]) -> Batches:
-        return Batches(tuple(map(samples_in, some)), some.__getitem__, f"a {name}")
+        return Batches(tuple(map(samples_in, some)), some.__getitem__, f"a {type(data).__name__}")
 
     held_back, others = replace(batches_of(kept[:back] or kept), shared=not back), kept[back:]
     above = sum(map(samples_in, others)) - count
     while above >= samples_in(others[-1]):
         above -= samples_in(others.pop())
-    if above > 0:
-        others[-1] = samples_of(others[-1], 0, samples_in(others[-1]) - above)
+    others[-1] = samples_of(others[-1], 0, samples_in(others[-1]) - max(above, 0))
     return batches_of(others), held_back
 
 
@@ -206,6 +207,5 @@ def settle_on(opened: OpenedModel, given: UserData, part: Any = "train") -> Open
     if isinstance(x_NCHW, Tensor) and x_NCHW.dim() == 4 and x_NCHW.is_floating_point() and known.form == "images":
         if known.size_from in ("given", "file") and known.size != tuple(x_NCHW.shape[-2:]):
             return opened
-        sized = with_size(known, tuple(x_NCHW.shape[1:]))
-        return replace(opened, preprocessing=replace(sized, size_from="images"))
+        return replace(opened, preprocessing=replace(with_size(known, tuple(x_NCHW.shape[1:])), size_from="images"))
     return replace(opened, example_inputs=example)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from asymswap.errors import SourceError, reason_of
 from asymswap.fileformats.detect import FileKind, sha256, sniff
 from asymswap.fileformats.pickle_objects import Builder
-from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, TensorRef, are_sizes
+from asymswap.fileformats.pickle_reader import MalformedError, Odd, Record, StorageRef, TensorRef, are_sizes, key_of
 from asymswap.fileformats.state_dict import State
 from asymswap.fileformats.torch_files import Entries, RawFile, load, load_object, opened, read_archive
 
@@ -45,7 +45,7 @@ def read_raw(path: Path, trust_pickle: bool) -> RawFile:
         if kind is FileKind.SAFETENSORS:
             # Not mapped into memory: a file that is cut off while it is mapped ends the process by a signal.
             with safetensors.safe_open(path, framework="pt", backend="pread") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                state = {key_of(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return RawFile(state, metadata=file.metadata() or {})
         if kind in (FileKind.TORCHSCRIPT, FileKind.EXPORTED):
             scripted = kind is FileKind.TORCHSCRIPT
@@ -103,7 +103,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f'{index} is damaged: its "weight_map" must name a file for every key')
     for name in sorted(set(weight_map.values())):
-        if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
+        if {*"/\\:\0"} & {*name} or name in ("", ".", ".."):
             raise SourceError(f"{index} names the file {name!r}, which leads out of its folder; nothing of it was read")
         if not os.path.isfile(index.parent / name):  # noqa: PTH113 (no name, however long, makes it raise)
             raise SourceError(f"{index} names {name}, which is not in {index.parent}; download it too")
@@ -147,7 +147,7 @@ def _exported(entries: Entries, path: Path) -> State:
             if not all(map(are_sizes, (size, stride, (offset,)))) or len(size) != len(stride):
                 raise MalformedError(f"the sizes of {name} are not those of a tensor")
             storage = StorageRef(name, dtype, entries.info(name).file_size // dtype.itemsize)
-            found[str(key)] = builder.tensor(TensorRef(storage, offset, size, stride))
+            found[key_of(str(key))] = builder.tensor(TensorRef(storage, offset, size, stride))
         return found
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MalformedError(f"{listing} is not what torch.export writes ({reason_of(error, 100)})") from None

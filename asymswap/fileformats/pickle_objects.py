@@ -150,7 +150,7 @@ class Builder:
         """Return what a part becomes; the same part, met again, becomes the same."""
         kind = type(value)
         if kind not in _COMPOSITE:
-            return _Found(value)
+            return _Found(value, parts=1 + (len(value) // 1000 if kind in (str, bytes) else 0))
         known = self._done.get(id(value))
         if depth + (known[1].levels if known else 1) > DEEPEST:
             raise Odd(f"is nested more than {DEEPEST} levels deep")

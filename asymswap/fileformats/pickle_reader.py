@@ -133,7 +133,7 @@ class Reader:
                 raise Odd(f"holds a number of {argument.bit_length() // 8:,} bytes")
             match name:
                 case "BINPUT" | "LONG_BINPUT" | "PUT" | "MEMOIZE":
-                    memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+                    memo[len(memo) if name == "MEMOIZE" else key_of(argument)] = stack[-1]
                 case "BINGET" | "LONG_BINGET" | "GET":
                     push(memo[argument])
                 case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE" | "BININT1" | "BININT2" | "BININT":

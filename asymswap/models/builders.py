@@ -63,7 +63,7 @@ def canonical(reference: str, stored: Arguments | None = None) -> str | None:
     None too where building what a checkpoint holds, with its `stored` arguments, would read another file.
     """
     full = next(filter(None, (family.canonical(reference) for family in FAMILIES)), None)
-    return full if stored is None or "yaml" in stored or not str(full).startswith(PREFIX) else None
+    return full if stored is None or stored.get("yaml") or not str(full).startswith(PREFIX) else None
 
 
 def family_of(reference: str) -> Family:

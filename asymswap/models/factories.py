@@ -69,7 +69,7 @@ def how_built(reference: str) -> tuple[str, ...]:
 
 def how_to_build(origin: Origin) -> str:
     """Say how a model of this origin, which a file tells, is built again; nothing of it is run here."""
-    named = re.fullmatch(r"class:(?!__main__\.)([\w.]+?)\.([A-Z]\w*(?:\.\w+)*|\w+)", origin.reference)
+    named = re.fullmatch(r"class:(?!__main__\.)([\w.]+?)\.([A-Z]\w*(?:\.\w+)*|\w+)", origin.reference[:300])
     arch = ":".join(named.groups()) if named else origin.reference
     # What is no plain name is not offered for copying.
     if not names_code(arch) or not re.fullmatch(r"[\w./\\: @-]{1,150}:[\w.]+", arch):

@@ -25,8 +25,8 @@ PREFIX = "transformers:"
 _LEFT_OUT = re.compile(
     r"auto_map|custom_pipelines|quantization_config|_name_or_path|\w*(implementation\w*|kernel_config)"
 )
-# By these a network that is elsewhere, which transformers would fetch.
-_ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone")
+# By these a network that is elsewhere, which transformers would fetch; an architecture may be a plain name of timm's.
+_ELSEWHERE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "checkpoint_path", "architecture")
 _PILLOW = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # its numbers of interpolations
 
 
@@ -77,7 +77,7 @@ def _checked(value: Any, reference: str) -> Any:
         return [_checked(item, reference) for item in value]
     if not isinstance(value, Mapping):
         return value
-    named = [key for key in _ELSEWHERE if value.get(key)]
+    named = [key for key in _ELSEWHERE if value.get(key) and (key != "architecture" or {*"/:\\"} & {*str(value[key])})]
     if named:
         raise SourceError(f"the config of {reference} takes its {named[0]} from elsewhere, which is not fetched")
     return {key: _checked(item, reference) for key, item in value.items() if not _LEFT_OUT.fullmatch(key)}

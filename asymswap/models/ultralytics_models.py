@@ -308,7 +308,7 @@ def _checked(config: Any, reference: str) -> dict[str, Any]:
     for row in itertools.chain(*parts):
         if not isinstance(row, list) or len(row) != 4 or not isinstance(row[1], int) or not isinstance(row[3], list):
             raise SourceError(f"the yaml of {reference} has a row that is not [from, number, module, arguments]: {row}")
-        name, repeats = str(row[2]), repeats + row[1]
+        name, repeats = str(row[2]), repeats + max(row[1], 1)
         home, _, last = name.rpartition(".")
         owner = {"": layers, "nn": nn, "torchvision.ops": ops}.get(home)
         made = getattr(owner, last, None)

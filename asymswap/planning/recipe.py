@@ -376,7 +376,7 @@ def parse_recipe(text: str, where: str, overrides: Mapping[str, Any] | None = No
     """Check a recipe's text, with the user's `overrides` put in; raises RecipeError in one line."""
     if len(text) > _LARGEST:
         raise RecipeError(f"{where} has {len(text):,} characters, more than {_LARGEST:,}: is it a recipe?")
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         # Reading a dotted key takes time that grows with the square of its length.
         if line.count(".") > _LONGEST_KEY and _STRING.sub("", line).count(".") > _LONGEST_KEY:
             raise RecipeError(f"{where}: line {number} has a key of more than {_LONGEST_KEY} parts")

@@ -18,7 +18,7 @@ have been: from calibration exactly, as far as they lie inside the kernel, else 
 
 import math
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -92,7 +92,7 @@ class Settings(NormSettings):
                 raise ValueError(f"no branch {name!r}{known}")
             if size is not None and not all(0 < int(side) <= _LARGEST for side in size.groups()):
                 raise ValueError(f"a branch of {name} is larger than {_LARGEST} taps along a side, or has none")
-        twice = [name for name in _expanded(names) if _expanded(names).count(name) > 1]
+        twice = [name for name, count in Counter(_expanded(names)).items() if count > 1]
         if twice:
             raise ValueError(f"branch {twice[0]!r} is there twice")
         return self

@@ -84,7 +84,7 @@ class Table:
         drawn.show_header = any(titles)
         for number, column in enumerate(columns):
             drawn.add_column(
-                column.title,
+                visible(column.title),
                 justify="right" if column.side == "right" else "left",
                 min_width=min(sizes[number], _LEAST) if number in folds else None,
                 no_wrap=number not in folds,
@@ -96,7 +96,7 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as Markdown, every column shown."""
-        lines = [[column.title for column in self.columns]]
+        lines = [[fmt.markdown_text(column.title) for column in self.columns]]
         lines.append(["---:" if column.side == "right" else "---" for column in self.columns])
         lines += [[fmt.markdown_text(str(c.text(row, exact=True)), c.code) for c in self.columns] for row in self.rows]
         for row in self.sums:

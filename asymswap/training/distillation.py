@@ -111,7 +111,7 @@ def _recorded(header: Header, folder: Path | None) -> tuple[str, dict[str, Any]]
         raise SourceError(f"the checkpoint names the weights {weights!r}, a path, which is not followed; {_GIVE}")
     if weights.startswith("random"):
         raise SourceError(f"the original {reference} had random weights, which are not kept; {_GIVE}")
-    return origin, {"weights": weights, "arguments": arguments} if origin.startswith("torchvision:") else {}
+    return origin, {"weights": weights, "arguments": arguments} if ":" in origin else {}  # else it has one set
 
 
 def _same_file(recorded: str, expected: str, folder: Path | None) -> Path:

@@ -33,7 +33,8 @@ TEXT = """\
 Written by `benchmarks/studies/restoration.py`, which says how. Half and less of the MACs of networks that make images:
 their 3x3 convs become pairs (`half-macs`), solved layer by layer on unlabelled images, then polished for some minutes
 or not at all. The metric is that of test images: the mean over seeds, which draw the calibration images and patches,
-± the standard deviation. Processor seconds are those of the whole command, its two evaluations included.
+± the standard deviation. Processor seconds are those of the whole command, its two evaluations included. `train_x2`
+holds the images of `train`, halved and enlarged again by bicubic interpolation.
 
 {table}
 

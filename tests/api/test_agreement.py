@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import asymswap
 from asymswap.data.inputs import open_inputs, settle_on
@@ -134,3 +134,36 @@ def test_models_that_take_images_of_other_sizes_agree_on_the_same_ones(tmp_path:
         found = asymswap.evaluate([first, second, first], calibration, against_original=True).models
         values = [model.scores[0].value for model in found]
         assert values == pytest.approx([1.0, expected, 1.0], rel=1e-5)
+
+
+class Noisy(Dataset[Tensor]):
+    """Samples that are another each time they are read."""
+
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.rand(3, 16, 16) + index / 80
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "random", "function"])
+def test_random_data_is_the_same_at_every_reading(kind: str) -> None:
+    """A network agrees with itself, and what is held back is not calibrated on."""
+    x = torch.rand(128, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    shuffled = DataLoader(TensorDataset(x), 8, shuffle=True)
+    data: Any = {"shuffled": shuffled, "random": Noisy(), "function": lambda: torch.rand(80, 3, 16, 16)}[kind]
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 9)).eval()
+    opened = asymswap.open_model(net, input_size=(3, 16, 16))
+    before = torch.get_rng_state()
+    calibration = asymswap.Calibration(data, images=40, outputs="values")
+    assert torch.equal(torch.get_rng_state(), before)
+    found = asymswap.evaluate([net, net], calibration, against_original=True)
+    assert [score.value for model in found.models[1:] for score in model.scores] == [1.0]
+    seen, held = (
+        torch.cat([batch[0] for batch in part]) for part in open_inputs(opened, calibration.given(), calibration.images)
+    )
+    again = torch.cat([batch[0] for batch in open_inputs(opened, calibration.given(), 40)[1]])
+    assert torch.equal(held, again)
+    assert not any(torch.equal(one, other) for one in seen for other in held)
+    assert torch.equal(torch.get_rng_state(), before)

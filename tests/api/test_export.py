@@ -138,6 +138,14 @@ def test_a_fused_model_becomes_the_originals_state_dict(tmp_path: Path) -> None:
         assert torch.allclose(original(images), asymswap.load(source)(images), atol=1e-4)
 
 
+def test_the_users_module_stays_as_it_is(tmp_path: Path) -> None:
+    """A module in train mode was left in eval mode."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    asymswap.export(module, tmp_path / "plain.pt", form="state-dict")
+    assert all(part.training for part in module.modules())
+    assert (tmp_path / "plain.pt").exists()
+
+
 def test_what_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = converted(tmp_path, "separable")
     real = torch.export.export

@@ -95,6 +95,7 @@ HEADERS |= {
     "no input": (preprocessing(size=[0, 8]), r"no image has 1 channels of 0x8 pixels"),
     "deviation": (preprocessing(std=[0.0]), r"means must be numbers, and deviations numbers above 0"),
     "means": (preprocessing(mean=[]), r"a mean and a deviation are needed for each of 1 channels"),
+    "plans": (lambda h: {**h, "plans": [{"swaps": []}] * 101}, r"plans: .* at most 100 items"),
     "control": (lambda h: {**h, "provenance": {"recipe": ["\x1b[2J"]}}, r"control characters, which a termi"),
     "control key": (lambda h: {**h, "provenance": {"\x9b": 1}}, r"control characters, which a terminal would obey"),
 }  # fmt: skip
@@ -120,6 +121,10 @@ def test_too_large_a_structure(stored: Stored, refusal: Refusal) -> None:
 ORIGINS: dict[str, tuple[dict[str, object], str]] = {
     "unknown": ({"origin": {"reference": "no-net"}}, r"x\.pt cannot be rebuilt: it was built by no-net, which is code"),
     "code": ({"origin": {"reference": "os:getcwd"}}, r"built by os:getcwd, which is code or a file of yours; load"),
+    "another file, said to be none": (
+        {"origin": {"reference": "ultralytics:/etc/net.yaml", "arguments": {"yaml": None}}},
+        r"built by ultralytics:/etc/net\.yaml, which is code or a file of yours; load it with",
+    ),
     "another file": (
         {"origin": {"reference": "ultralytics:/etc/net.yaml"}},
         r"built by ultralytics:/etc/net\.yaml, which is code or a file of yours; load it with",

@@ -19,12 +19,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
 from asymswap.errors import SourceError
 from asymswap.fileformats import pickle_reader, torch_files
 from asymswap.fileformats.detect import FileKind
+from asymswap.fileformats.model_file import read_raw
 from asymswap.fileformats.pickle_objects import DEEPEST, Builder, is_safe_name
 from asymswap.fileformats.pickle_reader import Odd, StorageRef, described_tensor
 from asymswap.fileformats.torch_files import load as load_file
@@ -387,6 +389,10 @@ GROWING: dict[str, tuple[bytes, str]] = {
         + (b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n(" + get(1) + b"ctorch\ncomplex128\n"
            + hostile._text("cpu") + b"\x89tR") * 100 + b"e", "makes far more bytes than it has",
     ),
+    "memo of one hash": (
+        b"]" + b"".join(b"p%d\n" % (number * (2**61 - 1)) for number in range(20)),
+        "has a key that is neither text nor a small number",
+    ),
     "bytes as text": (b"U\x02\xff\xfe", "holds bytes as text, as Python 2 wrote them"),
     "an object filled twice": (b"cuser.net\nNet\n)\x81}b}b", r"fills a user\.net\.Net twice"),
 }  # fmt: skip
@@ -398,6 +404,13 @@ def test_what_a_small_file_makes_grow_is_refused(name: str) -> None:
     entries = [("x/data.pkl", b"\x80\x02" + content + b"."), ("x/data/0", bytes(4 * 10**6)), ("x/version", b"3\n")]
     with pytest.raises(SourceError, match=rf"x\.pt {expected}.*, which torch\.save never writes"):
         load(hostile._zipped(entries))
+
+
+def test_a_key_of_safetensors_is_as_long_as_any(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"module." * 1000 + "weight": torch.zeros(1)}, path)
+    with pytest.raises(SourceError, match=r"has a key of 7,006 characters"):
+        read_raw(path, trust_pickle=False)
 
 
 def test_numbers_in_a_module_are_not_counted_up_to() -> None:

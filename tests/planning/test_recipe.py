@@ -62,6 +62,10 @@ RULE = "[[rules]]\nswap = { kind = 'separable', rank = 1 }\n"
 UNTRUSTED = {
     "long": (RULE + "#" * 2**20, r"r\.toml has 1,048,6\d\d characters, more than 1,048,576: is it a recipe\?"),
     "key": (RULE + ".".join("a" * 100_000) + " = 1", r"line 3 has a key of more than 100 parts"),
+    "key of several lines": (
+        RULE + '"\u2028".'.join(["a." * 90] * 200) + "a = 1",
+        r"line 3 has a key of more than 100",
+    ),
     "nested": ("rules = " + "[" * 100_000, r"not valid TOML: maximum recursion depth exceeded"),
     "digits": ("rules = " + "9" * 5000, r"not valid TOML: Exceeds the limit \(4300 digits\)"),
     "glob": (

@@ -21,6 +21,7 @@ from asymswap.fileformats.detect import sha256
 from asymswap.measure.fidelity import caught, feature_error
 from asymswap.models.networks import digits_resnet
 from asymswap.models.opening import open_model
+from asymswap.training import distillation
 from asymswap.training.config import Training
 from asymswap.training.distillation import ORIGINAL, Teacher, blocks_around, find_teacher
 from asymswap.training.objective import Objective, divergence
@@ -240,6 +241,30 @@ def test_nothing_is_downloaded_for_the_original(tmp_path: Path, monkeypatch: pyt
     lying = replace(header, origin=Origin("torchvision:alexnet"), provenance={"report": report})
     with pytest.raises(SourceError, match="nothing is downloaded on a checkpoint's word"):
         find_teacher(lying, ORIGINAL, digits_resnet(), tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "other"])
+def test_the_original_has_the_arguments_and_weights_that_are_stored(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its arguments a yaml would be read from the path; without its weights timm would take its own default."""
+    asked: list[dict[str, Any]] = []
+
+    def refuse(_: str, **options: Any) -> None:
+        asked.append(options)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(distillation, "open_model", refuse)
+    header = stored(tmp_path, "digits-resnet")
+    for reference, arguments in (
+        ("timm:resnet18", {"in_chans": 1}),
+        ("ultralytics:/etc/net.yaml", {"yaml": {"nc": 1}}),
+    ):
+        report = {"model": {"reference": reference, "weights": weights}}
+        told = replace(header, origin=Origin(reference, arguments), provenance={"report": report})
+        with pytest.raises(ZeroDivisionError):
+            find_teacher(told, ORIGINAL, digits_resnet(), tmp_path)
+        assert (asked[-1]["weights"], asked[-1]["arguments"]) == (weights, arguments)
 
 
 def test_originals_that_cannot_be_fetched(tmp_path: Path) -> None:
