@@ -103,7 +103,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f'{index} is damaged: its "weight_map" must name a file for every key')
     for name in sorted(set(weight_map.values())):
-        if {*"/\\:\0"} & {*name} or name in ("", ".", ".."):
+        if {*"/\\\0"} & {*name} or name in ("", ".", ".."):
             raise SourceError(f"{index} names the file {name!r}, which leads out of its folder; nothing of it was read")
         if not os.path.isfile(index.parent / name):  # noqa: PTH113 (no name, however long, makes it raise)
             raise SourceError(f"{index} names {name}, which is not in {index.parent}; download it too")

@@ -83,6 +83,9 @@ def test_scores_of_their_classifiers_are_evaluated(folder: Path, tmp_path: Path)
         ({"architectures": ["AutoConfig"]}, "has no model 'AutoConfig'"),
         ({"model_type": "no-such"}, "no-such"),
         ({"backbone": "microsoft/resnet-50"}, "takes its backbone from elsewhere"),
+        ({"architecture": "hf-hub:some/network"}, "takes its architecture from elsewhere"),
+        ({"architecture": "local-dir:/etc"}, "takes its architecture from elsewhere"),
+        ({"model_args": {"checkpoint_path": "/etc/w.pth"}}, "takes its checkpoint_path from elsewhere"),
         ({"text_config": {"use_timm_backbone": True}}, "takes its use_timm_backbone from elsewhere"),
     ],
 )
