@@ -289,7 +289,7 @@ def seed_(*words: object) -> None:
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Restore the caller's global random states at the end of the block."""
-    with ExitStack() as ending, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with ExitStack() as ending, torch.random.fork_rng(range(torch.cuda.is_initialized() and torch.cuda.device_count())):
         ending.callback(random.setstate, random.getstate())
         ending.callback(np.random.set_state, np.random.get_state())
         yield
