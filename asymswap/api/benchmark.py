@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def benchmark(
     setting of eager PyTorch. A combination that cannot be run has the reason in its row. Raises AsymswapError where a
     model cannot be opened, and where nothing can be run.
     """
-    several = cast(Sequence[Model], models if isinstance(models, list | tuple) else [models])
+    several = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     threads = threads or (torch.get_num_threads(),)
     timings = [
         Timing(runtime, form, batch, rounds, count, precision)

@@ -52,7 +52,7 @@ def compare(
     otherwise on random inputs. Latency is measured by `timing`, if given. Raises AsymswapError for fewer than two
     models, or one that cannot be opened.
     """
-    if (count := len(models) if isinstance(models, list | tuple) else 1) < 2:
+    if (count := len(models) if isinstance(models, Sequence) and not isinstance(models, str) else 1) < 2:
         raise AsymswapError(f"compare takes two models or more, not {count}")
     if images is not None and images < 1:
         raise AsymswapError(f"`images={images}` leaves nothing to compare on; give 1 or more")

@@ -159,8 +159,6 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
         PretendedCuda() as mode,
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(torch.cuda, "device_count", lambda: 1),
-        patch.object(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state()),
-        patch.object(torch.cuda, "set_rng_state", lambda state, _: None),
         patch.object(torch.cuda, "current_device", lambda: 0),
         patch.object(torch.cuda, "synchronize", lambda *_: None),
         patch.object(torch.cuda, "get_device_name", lambda *_: "a pretended GPU"),
